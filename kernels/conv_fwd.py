@@ -1,0 +1,94 @@
+"""Forward convolution by shifted TMA boxes, with the whole epilogue in the same kernel.
+
+    y[n,p,q,k] = epilogue(sum over r,s,c of x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k,r,s,c])
+
+A tile is a box of TN x TH x TW output pixels, the BM = TN*TH*TW rows of one GEMM block. For a filter tap
+(r, s) the inputs of these pixels are again a box of the same size, shifted by the tap: one TMA load, whose
+zero fill outside the tensor *is* the padding. With stride 2 the input is viewed as [N, H/2, 2, W/2, 2*C],
+where the pixels of one tap are dense again and the tap's parity picks the half. See README.md, which
+derives this on a 3x3 example; ``conv_tma`` mirrors its pseudocode line by line.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import ConvConfig
+from .epilogue import Operands, bn_scale_shift, relu
+from .geometry import ConvShape, cdiv
+from .launch import count
+from .tiles import box_origin
+
+
+@triton.jit
+def conv_tma(
+    x, w, y, residual, bias, gamma, beta, mean, var, eps,
+    P, Q, K, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One box of output pixels times BN output channels. ``x, w, y, residual`` are tensor descriptors."""
+    BM: tl.constexpr = TN * TH * TW
+    CHUNKS: tl.constexpr = (C + BK - 1) // BK
+    column_blocks = tl.cdiv(K, BN)
+    n0, p0, q0 = box_origin(tl.program_id(0) // column_blocks, P, Q, TN, TH, TW)
+    k0 = tl.program_id(0) % column_blocks * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in range(R * S * CHUNKS):
+        tap = step // CHUNKS
+        c0 = step % CHUNKS * BK
+        dh = tap // S * DIL - PAD
+        dw = tap % S * DIL - PAD
+        if STRIDE == 1:
+            a = x.load([n0, p0 + dh, q0 + dw, c0])
+        else:  # input row 2*p + dh is row p + dh//2 of half dh%2
+            a = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0])
+        b = w.load([k0, tap, c0])
+        acc = tl.dot(a.reshape(BM, BK), b.reshape(BN, BK).T, acc, input_precision=PRECISION)
+    scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
+    out = acc * scale[None, :] + shift[None, :]
+    if residual is not None:
+        out += residual.load([n0, p0, q0, k0]).reshape(BM, BN).to(tl.float32)
+    if RELU:
+        out = relu(out)
+    y.store([n0, p0, q0, k0], out.to(y.dtype).reshape(TN, TH, TW, BN))
+
+
+def launch_conv_tma(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    y: torch.Tensor,
+    shape: ConvShape,
+    operands: Operands,
+    config: ConvConfig,
+    precision: str,
+) -> None:
+    """Launches :func:`conv_tma`.
+
+    Args:
+        x: ``[N,H,W,C]``, channels dense, other strides multiples of 16 bytes; for stride 2 also pixel-dense rows,
+            even H and W, and C a multiple of ``config.bk``.
+        w: ``[K,R,S,C]`` dense.
+        y, operands.residual: ``[N,P,Q,K]``, channels dense, other strides multiples of 16 bytes.
+    """
+    box, bn, bk = list(config.box), config.bn, config.bk
+    tn, th, tw = box
+    if shape.stride == 1:
+        x_box = TensorDescriptor.from_tensor(x, [*box, bk])
+    else:
+        image, row, pixel, _ = x.stride()
+        halves = [shape.n, shape.h // 2, 2, shape.w // 2, 2 * shape.c]
+        x_box = TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
+    w_box = TensorDescriptor.from_tensor(w.flatten(1, 2), [bn, 1, bk])
+    y_box = TensorDescriptor.from_tensor(y, [*box, bn])
+    residual = operands.residual
+    r_box = None if residual is None else TensorDescriptor.from_tensor(residual, [*box, bn])
+    boxes = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
+    count("conv_tma")
+    conv_tma[(boxes * cdiv(shape.k, bn),)](
+        x_box, w_box, y_box, r_box, *operands.vectors,
+        shape.p, shape.q, shape.k, C=shape.c, R=shape.r, S=shape.s,
+        STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation, RELU=operands.relu, PRECISION=precision,
+        TN=tn, TH=th, TW=tw, BN=bn, BK=bk, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
