@@ -1,0 +1,101 @@
+"""Predicted time of a convolution, from the five limits of a GPU. A prediction is never reported as a measurement.
+
+A kernel takes as long as the slowest of: bytes through device memory, bytes from L2 into the multiprocessors (a TMA
+box has no L1), shared-memory bytes read by the tensor cores, tensor-core work, and issued instructions. The tile
+counts are rounded up to whole waves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .devices import Target
+from .kernels.config import ConvConfig, Epilogue
+from .kernels.geometry import ConvShape, cdiv
+
+LAUNCH_US = 2.0  # start and drain of one kernel
+# Instructions per warp, read off sm_90 machine code (the codegen tests print the table).
+LOOP_INSTRUCTIONS = 115  # of one reduction step, besides the matrix instructions and, without TMA, the addresses
+POINTER_INSTRUCTIONS = 260
+EPILOGUE_INSTRUCTIONS = 300
+EPILOGUE_PER_VALUE = 2.5
+RESIDUAL_PER_VALUE = 2.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Microseconds of each limit; ``us`` is the largest plus the launch, ``limit`` its name."""
+
+    hbm: float
+    l2: float = 0.0
+    shared: float = 0.0
+    tensor: float = 0.0
+    issue: float = 0.0
+
+    @property
+    def limit(self) -> str:
+        """The binding resource."""
+        return max(self.__dict__, key=self.__dict__.__getitem__)
+
+    @property
+    def us(self) -> float:
+        """Predicted time in microseconds."""
+        return max(self.__dict__.values()) + LAUNCH_US
+
+
+def predict(
+    shape: ConvShape, epilogue: Epilogue, config: ConvConfig, dtype: torch.dtype, precision: str, target: Target
+) -> Prediction:
+    """Prices one of this package's kernels."""
+    size = dtype.itemsize
+    bm, bn = config.bm, config.bn
+    if config.kernel == "conv_tma":
+        tn, th, tw = config.box
+        rows = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
+    else:
+        rows = cdiv(shape.m, bm)
+    tiles = rows * cdiv(shape.k, bn)
+    waves = cdiv(tiles, target.multiprocessors) * target.multiprocessors  # a partial wave costs a whole one
+    steps = shape.r * shape.s * cdiv(shape.c, config.bk)
+    depth = steps * config.bk
+    cycles = target.multiprocessors * target.clock_ghz * 1e3  # multiprocessor cycles in a microsecond
+    values = bm * bn / (32 * config.warps)
+    loop = LOOP_INSTRUCTIONS + (POINTER_INSTRUCTIONS if config.kernel == "conv_pointer" else 0)
+    instructions = (
+        steps * loop + EPILOGUE_INSTRUCTIONS + values * (EPILOGUE_PER_VALUE + RESIDUAL_PER_VALUE * epilogue.residual)
+    )
+    return Prediction(
+        hbm=shape.bytes_moved(size, epilogue.residual) / target.hbm_tb_s / 1e6,
+        l2=tiles * (depth * (bm + bn) + bm * bn * epilogue.residual) * size / target.l2_tb_s / 1e6,
+        shared=waves * depth * size * (2 * bm + bn + cdiv(bm, 64) * bn) / 128 / cycles,
+        tensor=waves * 2 * bm * bn * depth / target.tflops(dtype, precision) / 1e6,
+        issue=waves * instructions * config.warps / 4 / cycles,
+    )
+
+
+def predict_unfused(
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target
+) -> Prediction:
+    """Prices a library convolution at 85 % of the matrix rate, then PyTorch's separate BN, add and ReLU passes."""
+    size = dtype.itemsize
+    output = shape.m * shape.k * size
+    passes = 2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu
+    launches = epilogue.bn + epilogue.residual + epilogue.relu
+    traffic = passes * output / target.hbm_tb_s / 1e6 + launches * LAUNCH_US
+    return Prediction(
+        hbm=shape.bytes_moved(size) / target.hbm_tb_s / 1e6 + traffic,
+        tensor=2 * shape.macs / target.tflops(dtype, precision) / 0.85 / 1e6 + traffic,
+    )
+
+
+def unfused_bytes(shape: ConvShape, epilogue: Epilogue, itemsize: int) -> int:
+    """Bytes through device memory of the convolution and its separate passes."""
+    output = shape.m * shape.k * itemsize
+    return shape.bytes_moved(itemsize) + output * (2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu)
+
+
+def memory_us(moved: int, target: Target) -> float | None:
+    """Predicted microseconds of a step that only moves bytes through device memory; None without a GPU."""
+    return moved / target.hbm_tb_s / 1e6 + LAUNCH_US if target.is_cuda else None

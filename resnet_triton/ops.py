@@ -1,0 +1,545 @@
+"""The ``torch.ops.resnet_triton`` operators: schemas, shapes, and how each runs.
+
+An operator says *what* is computed. How (one of our kernels, cuDNN, oneDNN) is decided inside, by ``plan``, where
+shapes are concrete; so a traced graph never depends on the batch or image size. Every activation that an operator
+returns is channels_last.
+
+Several convolutions of one operator are passed as *units*: ``[weight, bias, gamma, beta, mean, var]`` lists, with one
+``eps`` and one ``(stride, padding, dilation)`` each. An empty list is an absent unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backend, plan, reference
+from .devices import Target, target_of
+from .kernels.config import Epilogue
+from .kernels.geometry import ConvShape, out_size
+
+UNIT = ("weight", "bias", "gamma", "beta", "mean", "var")
+#: bias, gamma, beta, mean, var
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+library = torch.library.Library("resnet_triton", "DEF")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel or library call of an operator, as ``explain`` reports it.
+
+    Args:
+        op: what it computes, e.g. ``"conv"`` or ``"max_pool"``.
+        weight: the weight whose module names the row, or None.
+        shape, epilogue: of a convolution, else None.
+        bytes: through device memory, including separate BN, add and ReLU passes where the library runs them.
+        choice: how it runs.
+    """
+
+    op: str
+    weight: Tensor | None
+    shape: ConvShape | None
+    epilogue: Epilogue | None
+    bytes: int
+    choice: plan.Choice
+
+
+class Recorder:
+    """While active, steps are recorded for one target instead of run."""
+
+    active: Recorder | None = None
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.steps: list[Step] = []
+
+    def __enter__(self) -> Recorder:
+        Recorder.active = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Recorder.active = None
+
+
+def _target(x: Tensor) -> Target:
+    if Recorder.active:
+        return Recorder.active.target
+    if x.is_cuda:
+        return target_of(x.device)
+    return target_of(x.device, _interpreting())
+
+
+def _interpreting() -> bool:
+    if backend.current_backend() != "triton" or not plan.triton_importable():
+        return False
+    from .kernels.launch import interpreting
+
+    return interpreting()
+
+
+def _run(
+    op: str,
+    choice: plan.Choice,
+    out: Tensor,
+    launch: Callable[[], None],
+    eager: Callable[[], Tensor],
+    *,
+    weight: Tensor | None = None,
+    shape: ConvShape | None = None,
+    epilogue: Epilogue | None = None,
+    moved: int = 0,
+) -> Tensor:
+    """Runs a step as chosen (``launch`` fills ``out``; ``eager`` returns its own), or records it."""
+    if Recorder.active:
+        Recorder.active.steps.append(Step(op, weight, shape, epilogue, moved, choice))
+        return out
+    if out.numel() == 0:
+        return out
+    if choice.fused:
+        launch()
+        return out
+    return channels_last(eager())
+
+
+# Layout
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x`` itself if a 4-D channels_last tensor (or not 4-D), else a channels_last copy."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def new_channels_last(x: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised ``[n,c,h,w]`` channels_last tensor on the device of ``x``."""
+    return torch.empty((n, c, h, w), dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """The dense ``[N,H,W,C]`` view of a channels_last tensor (a copy of anything else)."""
+    return channels_last(x).permute(0, 2, 3, 1).contiguous()
+
+
+def dense_vectors(vectors: Vectors) -> Vectors:
+    """The vectors as kernels read them: contiguous."""
+    bias, gamma, beta, mean, var = (None if v is None else v.contiguous() for v in vectors)
+    return bias, gamma, beta, mean, var
+
+
+# One convolution
+
+
+def _check_conv(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None) -> None:
+    """Raises ValueError naming the argument, what came, what is allowed, and the way out."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {tuple(x.shape)}; add a batch dimension with x[None]")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [K, C, R, S], got {tuple(weight.shape)}")
+    if not x.is_floating_point() or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x has dtype {x.dtype}, weight has {weight.dtype}; both must be the same floating type: "
+            f"convert one with .to(), or run under torch.autocast"
+        )
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, weight expects {weight.shape[1]}; grouped convolutions are not fused: "
+            f"use torch.nn.functional.conv2d for those"
+        )
+    _check_operands(x, weight, vectors, residual)
+
+
+def _check_operands(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None) -> None:
+    for name, tensor in zip((*UNIT, "residual"), (weight, *vectors, residual), strict=True):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move both to one device")
+    for name, vector in zip(UNIT[1:], vectors, strict=True):
+        if vector is not None and tuple(vector.shape) != (weight.shape[0],):
+            raise ValueError(f"{name} must be [K] = [{weight.shape[0]}], got {tuple(vector.shape)}")
+    mean, var = vectors[3:]
+    if (mean is None) != (var is None):
+        raise ValueError("mean and var belong together; got only one of them")
+    if var is None and (vectors[1] is not None or vectors[2] is not None):
+        raise ValueError("gamma or beta came without mean and var; pass all of a BatchNorm's statistics")
+
+
+def conv_out_shape(
+    x: Tensor, weight: Tensor, residual: Tensor | None, stride: int, padding: int, dilation: int
+) -> tuple[int, int, int, int]:
+    """``(N, K, P, Q)``; raises ValueError when the window does not fit or the residual has another shape or dtype."""
+    n, _, h, w = x.shape
+    k, _, r, s = weight.shape
+    if min(stride, dilation) < 1 or padding < 0:
+        raise ValueError(f"stride={stride}, dilation={dilation} must be at least 1, padding={padding} at least 0")
+    out = (n, k, out_size(h, r, stride, padding, dilation), out_size(w, s, stride, padding, dilation))
+    if out[2] < 1 or out[3] < 1:
+        raise ValueError(f"a {r}x{s} filter (dilation {dilation}) does not fit x of {h}x{w} with padding {padding}")
+    if residual is not None and (tuple(residual.shape) != out or residual.dtype != x.dtype):
+        raise ValueError(f"residual must be {out} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}")
+    return out
+
+
+def conv_step(
+    x: Tensor,
+    weight: Tensor,
+    vectors: Vectors,
+    residual: Tensor | None,
+    eps: float,
+    relu: bool,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> Tensor:
+    """Runs one convolution with its epilogue as planned; ``vectors`` are bias, gamma, beta, mean, var."""
+    _check_conv(x, weight, vectors, residual)
+    n, k, p, q = conv_out_shape(x, weight, residual, stride, padding, dilation)
+    _, c, h, w = x.shape
+    shape = ConvShape(n, h, w, c, k, weight.shape[2], weight.shape[3], stride, padding, dilation)
+    epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu)
+    precision = backend.dot_precision(x.dtype)
+    if n == 0 and not Recorder.active:
+        return new_channels_last(x, n, k, p, q)
+    choice = plan.choose_conv(shape, epilogue, x.dtype, precision, _target(x), backend.current_backend())
+    if choice.realisation == "onednn" and not Recorder.active:
+        return _onednn(x, weight, vectors[0], residual, relu, stride, padding, dilation)
+    out = new_channels_last(x, n, k, p, q)
+
+    def launch() -> None:
+        from .kernels.dispatch import launch_conv
+        from .kernels.epilogue import Operands
+
+        addend = None if residual is None else nhwc(residual)
+        operands = Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu)
+        launch_conv(nhwc(x), nhwc(weight), out.permute(0, 2, 3, 1), shape, operands, choice.tiling, precision)
+
+    def eager() -> Tensor:
+        return reference.conv_bn_act(channels_last(x), weight, *vectors, residual, eps, relu, stride, padding, dilation)
+
+    fused = choice.fused or choice.realisation == "onednn"
+    moved = (
+        shape.bytes_moved(x.element_size(), residual is not None)
+        if fused
+        else plan.cost.unfused_bytes(shape, epilogue, x.element_size())
+    )
+    return _run("conv", choice, out, launch, eager, weight=weight, shape=shape, epilogue=epilogue, moved=moved)
+
+
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> Tensor:
+    """Convolution with bias, addition and ReLU as oneDNN post-ops."""
+    geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, 1)
+    unary = "relu" if relu else None
+    x = channels_last(x)
+    convolution = torch.ops.mkldnn._convolution_pointwise
+    if residual is None:
+        return channels_last(convolution(x, weight, bias, *geometry, unary or "none", [], ""))
+    return channels_last(
+        convolution.binary(x, channels_last(residual), weight, bias, *geometry, "add", 1.0, unary, [], "")
+    )
+
+
+# Operators
+
+library.define(
+    "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, "
+    "Tensor? residual, float eps, bool relu, int stride, int padding, int dilation) -> Tensor"
+)
+library.define(
+    "block_tail(Tensor t, Tensor shortcut, Tensor?[] conv2, Tensor?[] conv3, Tensor?[] downsample, Tensor?[] next, "
+    "float[] eps, int[] geometry) -> Tensor[]"
+)
+library.define(
+    "bottleneck(Tensor x, Tensor?[] conv1, Tensor?[] conv2, Tensor?[] conv3, Tensor?[] downsample, "
+    "float[] eps, int[] geometry) -> Tensor"
+)
+library.define(
+    "stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, "
+    "Tensor? norm_mean, Tensor? norm_std, float eps, bool pool) -> Tensor"
+)
+library.define("head(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+library.define(
+    "fold_bn(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps) "
+    "-> (Tensor, Tensor)"
+)
+library.define("add_relu(Tensor x, Tensor y) -> Tensor")
+
+
+def conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation):
+    """Implementation of ``torch.ops.resnet_triton.conv_bn_act``."""
+    vectors = (bias, gamma, beta, mean, var)
+    return conv_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation)
+
+
+def _fake_conv(x, weight, vectors, residual, stride, padding, dilation):
+    _check_conv(x, weight, vectors, residual)
+    return new_channels_last(x, *conv_out_shape(x, weight, residual, stride, padding, dilation))
+
+
+def _fake_conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation):
+    return _fake_conv(x, weight, (bias, gamma, beta, mean, var), residual, stride, padding, dilation)
+
+
+def split_units(units: Sequence[Sequence[Tensor | None]], eps: Sequence[float], geometry: Sequence[int]):
+    """``(weight, vectors, eps, (stride, padding, dilation))`` of each unit, None for an absent one."""
+    present = [unit for unit in units if unit]
+    if len(eps) != len(present) or len(geometry) != 3 * len(present):
+        raise ValueError(
+            f"{len(present)} units need {len(present)} eps and {3 * len(present)} geometry values, "
+            f"got {len(eps)} and {len(geometry)}"
+        )
+    parts: list[Any] = []
+    i = 0
+    for unit in units:
+        if not unit:
+            parts.append(None)
+            continue
+        if len(unit) != len(UNIT) or unit[0] is None:
+            raise ValueError(f"a unit is [{', '.join(UNIT)}] with a weight, got {len(unit)} items")
+        parts.append((unit[0], tuple(unit[1:]), eps[i], tuple(geometry[3 * i : 3 * i + 3])))
+        i += 1
+    return parts
+
+
+def _tail(conv, t, shortcut, conv2, conv3, downsample, next, eps, geometry):
+    """The steps of ``block_tail`` through ``conv(x, weight, vectors, residual, eps, relu, *geometry)``."""
+    second, third, project, reduce = split_units((conv2, conv3, downsample, next), eps, geometry)
+
+    def step(x, part, residual=None, relu=True):
+        weight, vectors, unit_eps, unit_geometry = part
+        return conv(x, weight, vectors, residual, unit_eps, relu, *unit_geometry)
+
+    if project is not None:
+        shortcut = step(shortcut, project, relu=False)
+    hidden, last = (t, second) if third is None else (step(t, second), third)
+    y = step(hidden, last, residual=shortcut)
+    return [y] if reduce is None else [y, step(y, reduce)]
+
+
+def _fake_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation):
+    return _fake_conv(x, weight, vectors, residual, stride, padding, dilation)
+
+
+def block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry):
+    """Implementation of ``torch.ops.resnet_triton.block_tail``."""
+    return _tail(conv_step, t, shortcut, conv2, conv3, downsample, next, eps, geometry)
+
+
+def _fake_block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry):
+    return _tail(_fake_step, t, shortcut, conv2, conv3, downsample, next, eps, geometry)
+
+
+def _whole(conv, x, conv1, conv2, conv3, downsample, eps, geometry):
+    ((weight, vectors, first_eps, first_geometry),) = split_units((conv1,), eps[:1], geometry[:3])
+    t = conv(x, weight, vectors, None, first_eps, True, *first_geometry)
+    return _tail(conv, t, x, conv2, conv3, downsample, [], eps[1:], geometry[3:])[0]
+
+
+def bottleneck(x, conv1, conv2, conv3, downsample, eps, geometry):
+    """Implementation of ``torch.ops.resnet_triton.bottleneck``."""
+    return _whole(conv_step, x, conv1, conv2, conv3, downsample, eps, geometry)
+
+
+def _fake_bottleneck(x, conv1, conv2, conv3, downsample, eps, geometry):
+    return _whole(_fake_step, x, conv1, conv2, conv3, downsample, eps, geometry)
+
+
+def _check_stem(x, weight, norm_mean, norm_std) -> tuple[int, int]:
+    if x.dim() != 4 or tuple(weight.shape[1:]) != (3, 7, 7) or x.shape[1] != 3:
+        raise ValueError(
+            f"stem takes x [N, 3, H, W] and weight [K, 3, 7, 7], got {tuple(x.shape)} and {tuple(weight.shape)}; "
+            f"an NHWC batch enters as x.permute(0, 3, 1, 2)"
+        )
+    if x.dtype != torch.uint8 and x.dtype != weight.dtype and norm_mean is None:
+        raise ValueError(f"x must be uint8 or the weight's dtype {weight.dtype}, got {x.dtype}")
+    if (norm_mean is None) != (norm_std is None):
+        raise ValueError("norm_mean and norm_std belong together; got only one of them")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"x has no pixels: {tuple(x.shape)}")
+    return out_size(x.shape[2], 7, 2, 3), out_size(x.shape[3], 7, 2, 3)
+
+
+def stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool):
+    """Implementation of ``torch.ops.resnet_triton.stem``."""
+    p, q = _check_stem(x, weight, norm_mean, norm_std)
+    _check_operands(x, weight, (bias, gamma, beta, mean, var), None)
+    n, k = x.shape[0], weight.shape[0]
+    y = new_channels_last(x, n, k, p, q, weight.dtype)
+    target = _target(x)
+    if n > 0 or Recorder.active:
+        y = _stem_conv(x, weight, (bias, gamma, beta, mean, var), norm_mean, norm_std, eps, y, target)
+    return max_pool_step(y, 3, 2, 1) if pool else y
+
+
+def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target):
+    n, k, p, q = y.shape
+    _, _, h, w = x.shape
+    shape = ConvShape(n, h, w, 3, k, 7, 7, 2, 3)
+    epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, False, True)
+    dtype, size = weight.dtype, weight.element_size()
+    choice = plan.choose_stem(shape, epilogue, dtype, target, backend.current_backend())
+
+    def launch() -> None:
+        from .kernels import stem as kernels
+        from .kernels.epilogue import Operands
+
+        cells = kernels.stem_cells(h, w, choice.tiling.kernel == "conv_tma")
+        xs = torch.empty((n, *cells, 16), dtype=dtype, device=x.device)
+        kernels.launch_space_to_depth(x, xs, norm_mean, norm_std)
+        packed = torch.empty((k, 4, 4, 16), dtype=dtype, device=x.device)
+        kernels.launch_pack_stem_weight(weight, packed)
+        operands = Operands(None, *dense_vectors(vectors), eps=eps, relu=True)
+        kernels.launch_stem_conv(
+            xs, packed, y.permute(0, 2, 3, 1), operands, choice.tiling, backend.dot_precision(dtype)
+        )
+
+    def eager() -> Tensor:
+        image = channels_last(reference.normalise(x, norm_mean, norm_std, dtype))
+        return reference.conv_bn_act(image, weight, *vectors, residual=None, eps=eps, relu=True, stride=2, padding=3)
+
+    cells_bytes = 2 * n * (p + 3) * (q + 4) * 16 * size + x.numel() * x.element_size()
+    moved = cells_bytes + y.numel() * size if choice.fused else plan.cost.unfused_bytes(shape, epilogue, size)
+    return _run("stem", choice, y, launch, eager, weight=weight, shape=shape, epilogue=epilogue, moved=moved)
+
+
+def max_pool_step(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """Max-pools a channels_last activation."""
+    n, c, h, w = x.shape
+    out = new_channels_last(x, n, c, out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding))
+    choice = plan.choose_step("max_pool", _target(x), x.dtype, backend.current_backend())
+
+    def launch() -> None:
+        from .kernels.pool import launch_max_pool
+
+        launch_max_pool(nhwc(x), out.permute(0, 2, 3, 1), kernel, stride, padding)
+
+    moved = (x.numel() + out.numel()) * x.element_size()
+    return _run("max_pool", choice, out, launch, lambda: torch.max_pool2d(x, kernel, stride, padding), moved=moved)
+
+
+def _fake_stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool):
+    p, q = _check_stem(x, weight, norm_mean, norm_std)
+    _check_operands(x, weight, (bias, gamma, beta, mean, var), None)
+    if pool:
+        p, q = out_size(p, 3, 2, 1), out_size(q, 3, 2, 1)
+    return new_channels_last(x, x.shape[0], weight.shape[0], p, q, weight.dtype)
+
+
+def _check_head(x, weight, bias) -> None:
+    if x.dim() != 4 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"head takes x [N, C, H, W] and weight [K, C], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if x.dtype != weight.dtype or not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}, weight {weight.dtype}; both must be the same floating type")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move both to one device")
+
+
+def head(x, weight, bias):
+    """Implementation of ``torch.ops.resnet_triton.head``."""
+    _check_head(x, weight, bias)
+    n, c = x.shape[:2]
+    k = weight.shape[0]
+    out = x.new_empty(n, k)
+    choice = plan.choose_head(n, c, k, x.dtype, _target(x), backend.current_backend())
+
+    def launch() -> None:
+        from .kernels.head import launch_head
+
+        precision = backend.dot_precision(x.dtype)
+        launch_head(nhwc(x), weight.contiguous(), bias, x.new_empty(n, c), out, choice.tiling, precision)
+
+    moved = (x.numel() + weight.numel() + out.numel() + 2 * n * c) * x.element_size()
+    return _run("head", choice, out, launch, lambda: reference.head(x, weight, bias), weight=weight, moved=moved)
+
+
+def _fake_head(x, weight, bias):
+    _check_head(x, weight, bias)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def fold_bn(weight, bias, gamma, beta, mean, var, eps):
+    """Implementation of ``torch.ops.resnet_triton.fold_bn``."""
+    folded, shift = _fake_fold_bn(weight, bias, gamma, beta, mean, var, eps)
+    choice = plan.choose_step("fold_bn", _target(weight), weight.dtype, backend.current_backend())
+    if not choice.fused or Recorder.active:
+        return reference.fold_bn(weight, bias, gamma, beta, mean, var, eps)
+    from .kernels.batch_norm import launch_fold_bn
+
+    # both layouts keep K outermost and dense, which is all that the kernel asks for
+    rows = weight if weight.stride() == folded.stride() else torch.empty_like(folded).copy_(weight)
+    launch_fold_bn(rows, bias, gamma, beta, mean, var, eps, folded, shift)
+    return folded, shift
+
+
+def _fake_fold_bn(weight, bias, gamma, beta, mean, var, eps):
+    for name, vector in (("bias", bias), ("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var)):
+        if vector is not None and tuple(vector.shape) != (weight.shape[0],):
+            raise ValueError(f"{name} must be [K] = [{weight.shape[0]}], got {tuple(vector.shape)}")
+    return torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+def _check_add(x, y) -> None:
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device:
+        raise ValueError(
+            f"add_relu takes two tensors of one shape, dtype and device, got {tuple(x.shape)} {x.dtype} {x.device} "
+            f"and {tuple(y.shape)} {y.dtype} {y.device}"
+        )
+
+
+def add_relu(x, y):
+    """Implementation of ``torch.ops.resnet_triton.add_relu``."""
+    out = _fake_add_relu(x, y)
+    choice = plan.choose_step("add_relu", _target(x), x.dtype, backend.current_backend())
+
+    def launch() -> None:
+        from .kernels.add_relu import launch_add_relu
+
+        launch_add_relu(_dense(x), _dense(y), out)
+
+    moved = 3 * x.numel() * x.element_size()
+    return _run("add_relu", choice, out, launch, lambda: _dense(reference.add_relu(x, y)), moved=moved)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """In the layout that ``add_relu`` returns: channels_last for 4-D tensors, contiguous otherwise."""
+    return channels_last(x) if x.dim() == 4 else x.contiguous()
+
+
+def _fake_add_relu(x, y):
+    _check_add(x, y)
+    return new_channels_last(x, *x.shape) if x.dim() == 4 else x.new_empty(x.shape)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "conv_bn_act": conv_bn_act,
+    "block_tail": block_tail,
+    "bottleneck": bottleneck,
+    "stem": stem,
+    "head": head,
+    "fold_bn": fold_bn,
+    "add_relu": add_relu,
+}
+_FAKES: dict[str, Callable] = {
+    "conv_bn_act": _fake_conv_bn_act,
+    "block_tail": _fake_block_tail,
+    "bottleneck": _fake_bottleneck,
+    "stem": _fake_stem,
+    "head": _fake_head,
+    "fold_bn": _fake_fold_bn,
+    "add_relu": _fake_add_relu,
+}
+for _name, _implementation in IMPLEMENTATIONS.items():
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_triton::{_name}", _FAKES[_name], lib=library)

@@ -1,0 +1,184 @@
+"""Decides how each step of an op runs. The ops ask while running, ``explain`` asks without running: same function.
+
+A choice is data: a realisation's name, its configuration, and the reason in words.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import cost, tuning
+from .devices import Target
+from .kernels.config import ConvConfig, Epilogue, heuristic, runs_on
+from .kernels.geometry import ConvShape
+
+logger = logging.getLogger("resnet_triton")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CLEAR_WIN = 0.8  # an unmeasured kernel must be predicted to need at most this share of the library's time
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one step runs.
+
+    Args:
+        realisation: a kernel's name, or ``"cudnn"``, ``"onednn"``, ``"aten"`` for PyTorch's operators.
+        config: the kernel's tiling, if it has one.
+        reason: why, in words.
+        predicted_us, measured_us: time of the chosen realisation in microseconds, where known.
+    """
+
+    realisation: str
+    config: ConvConfig | None
+    reason: str
+    predicted_us: float | None = None
+    measured_us: float | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether a kernel of this package runs."""
+        return self.realisation not in ("cudnn", "onednn", "aten")
+
+    @property
+    def tiling(self) -> ConvConfig:
+        """The configuration of a realisation that has one."""
+        assert self.config is not None, f"{self.realisation} has no configuration"
+        return self.config
+
+
+def library_of(target: Target) -> str:
+    """The name of PyTorch's own convolution on this target."""
+    return "cudnn" if target.is_cuda else "aten"
+
+
+def refusal(target: Target, dtype: torch.dtype) -> str | None:
+    """Why no kernel of this package can run there, or None."""
+    if not (target.is_cuda or target.name == "interpreter"):
+        return f"kernels need a CUDA tensor, or TRITON_INTERPRET=1; the tensors are on {target.name}"
+    if target.is_cuda and target.sm < 80:
+        return f"{target.name} is sm_{target.sm}; kernels need sm_80 or later"
+    if dtype not in KERNEL_DTYPES:
+        return f"{dtype} is not one of float32, float16, bfloat16"
+    if not triton_importable():
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def triton_importable() -> bool:
+    """Whether ``import triton`` works here."""
+    try:
+        import triton  # noqa: F401
+    except Exception:  # a broken installation raises more than ImportError
+        return False
+    return True
+
+
+def choose_step(step: str, target: Target, dtype: torch.dtype, backend: str) -> Choice:
+    """Chooses for a step without a configuration (pooling, folding, addition): a kernel wherever kernels run.
+
+    Raises:
+        RuntimeError: ``use_backend("triton")`` is in force and no kernel can run.
+    """
+    reason = refusal(target, dtype)
+    if backend == "triton":
+        if reason:
+            raise RuntimeError(f"use_backend('triton') cannot run {step}: {reason}. Use use_backend('auto').")
+        return Choice(step, None, "use_backend('triton')")
+    if backend == "cudnn":
+        return Choice(library_of(target), None, "use_backend('cudnn')")
+    if reason or not target.is_cuda:
+        return Choice(library_of(target), None, reason or "the interpreter runs only under use_backend('triton')")
+    return Choice(step, None, "one pass, unmeasured")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_conv(
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target, backend: str
+) -> Choice:
+    """Chooses how one convolution with its epilogue runs.
+
+    Raises:
+        RuntimeError: ``use_backend("triton")`` is in force and no kernel can run.
+    """
+    library = library_of(target)
+    reason = refusal(target, dtype)
+    if backend == "triton" and reason:
+        raise RuntimeError(f"use_backend('triton') cannot run {shape}: {reason}. Use use_backend('auto').")
+    if backend == "triton" and not target.is_cuda:
+        return Choice(*_own(shape, dtype, target), "use_backend('triton') in the interpreter")
+    if not target.is_cuda:
+        return _choose_cpu(epilogue, dtype, backend)
+    theirs = cost.predict_unfused(shape, epilogue, dtype, precision, target).us
+    if backend == "cudnn" or reason:
+        return Choice(library, None, reason or "use_backend('cudnn')", theirs)
+    entry = tuning.lookup(target.name, shape, dtype, epilogue.residual)
+    if entry and runs_on(entry.config, shape, dtype.itemsize):
+        text = f"measured {entry.us:.1f} us against {entry.library_us:.1f} us by {library}"
+        if backend == "triton" or entry.us <= entry.library_us:
+            return Choice(entry.config.kernel, entry.config, text, None, entry.us)
+        return Choice(library, None, text, None, entry.library_us)
+    kernel, config = _own(shape, dtype, target)
+    ours = cost.predict(shape, epilogue, config, dtype, precision, target)
+    text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {theirs:.1f} us by {library}"
+    if backend == "triton":
+        return Choice(kernel, config, f"use_backend('triton'); {text}", ours.us)
+    if ours.us <= CLEAR_WIN * theirs:
+        warn_unmeasured(target.name)
+        return Choice(kernel, config, text, ours.us)
+    return Choice(library, None, text, theirs)
+
+
+def choose_stem(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, target: Target, backend: str) -> Choice:
+    """Chooses how the 7x7/2 stem convolution runs: space-to-depth pass and 4x4 convolution, or the library."""
+    choice = choose_step("stem", target, dtype, backend)
+    if not choice.fused:
+        return choice
+    from .kernels.stem import stem_config
+
+    config = stem_config(shape.n, shape.p, shape.q, shape.k, dtype.itemsize, target.tma)
+    return replace(choice, config=config)
+
+
+def choose_head(n: int, c: int, k: int, dtype: torch.dtype, target: Target, backend: str) -> Choice:
+    """Chooses how global average pool and fully connected layer run."""
+    choice = choose_step("head", target, dtype, backend)
+    if not choice.fused:
+        return choice
+    from .kernels.head import head_config
+
+    return replace(choice, config=head_config(n, c, k, dtype.itemsize, target.tma))
+
+
+def _own(shape: ConvShape, dtype: torch.dtype, target: Target) -> tuple[str, ConvConfig]:
+    config = heuristic(shape, dtype.itemsize, target.tma)
+    return config.kernel, config
+
+
+def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, backend: str) -> Choice:
+    if backend == "auto" and not epilogue.bn and dtype in (torch.float32, torch.bfloat16) and onednn_fuses():
+        return Choice("onednn", None, "BN is folded: bias, add and ReLU run as oneDNN post-ops")
+    if epilogue.bn:
+        return Choice("aten", None, "BN is not folded; resnet_triton.fold(model) fuses it on the CPU")
+    return Choice("aten", None, "use_backend('cudnn')" if backend == "cudnn" else f"oneDNN does not fuse {dtype}")
+
+
+@functools.cache
+def onednn_fuses() -> bool:
+    """Whether this PyTorch has oneDNN's convolution with post-ops."""
+    ops = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and hasattr(ops, "_convolution_pointwise")
+
+
+@functools.cache
+def warn_unmeasured(device_name: str) -> None:
+    """Says once per device that its plan rests on predictions."""
+    logger.warning(
+        "no measured configurations for some layers on %s: the plan uses the cost model there. "
+        "`python bench/gpu_suite.py` measures them.",
+        device_name,
+    )
