@@ -1,0 +1,236 @@
+"""The models against torchvision's: weights, keys, children, logits, options and errors; and the CIFAR "
+"family."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pytest
+import torch
+import torchvision.models.resnet as tv
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from resnet_triton import models
+from resnet_triton.models import BasicBlock, Bottleneck, CifarResNet, ResNet
+
+LAYERS = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (Bottleneck, [3, 8, 36, 3]),
+}
+PEERS = {BasicBlock: tv.BasicBlock, Bottleneck: tv.Bottleneck}
+
+
+def pair(block, layers, **kwargs) -> tuple[ResNet, tv.ResNet]:
+    """The same network from both packages, each made under the same seed."""
+    torch.manual_seed(3)
+    ours = ResNet(block, layers, **kwargs)
+    torch.manual_seed(3)
+    return ours, tv.ResNet(PEERS[block], layers, **kwargs)
+
+
+def images(n: int = 2, size: int = 48, channels: int = 3) -> Tensor:
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def assert_same_network(ours: nn.Module, theirs: nn.Module) -> None:
+    """Names, order, types, settings and values of every child, parameter and buffer, bit by bit."""
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert list(a) == list(b)
+    for key in a:
+        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
+    settings = [
+        [(n, m.extra_repr(), m.training) for n, m in model.named_modules()] for model in (ours, theirs)
+    ]
+    assert settings[0] == settings[1]
+    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
+        n for n, _ in theirs.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_seed_gives_torchvisions_network_and_logits(name: str) -> None:
+    plain, theirs = pair(*LAYERS[name])
+    assert_same_network(plain, theirs)
+    torch.manual_seed(3)
+    built = getattr(models, name)()
+    assert isinstance(built, ResNet)
+    assert_same_network(built, theirs)
+    x = images(1)
+    with torch.no_grad():
+        expected = theirs.eval()(x)
+        assert torch.equal(plain.eval()(x), expected)
+        torch.testing.assert_close(built.eval()(x), expected, rtol=1e-3, atol=1e-4)
+
+
+OPTIONS = {
+    "zero_init": (Bottleneck, {"zero_init_residual": True}),
+    "zero_init_basic": (BasicBlock, {"zero_init_residual": True}),
+    "dilated": (Bottleneck, {"replace_stride_with_dilation": [False, True, True]}),
+    "dilated_all": (Bottleneck, {"replace_stride_with_dilation": (True, True, True)}),
+    "group_norm": (BasicBlock, {"norm_layer": functools.partial(nn.GroupNorm, 8)}),
+    "frozen_norm": (Bottleneck, {"norm_layer": FrozenBatchNorm2d}),
+    "plain_norm": (BasicBlock, {"norm_layer": functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=None)}),
+    "resnext": (Bottleneck, {"groups": 32, "width_per_group": 4}),
+    "wide": (Bottleneck, {"width_per_group": 128}),
+    "classes": (BasicBlock, {"num_classes": 7}),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_give_torchvisions_network_and_logits(option: str) -> None:
+    block, kwargs = OPTIONS[option]
+    ours, theirs = pair(block, [1, 2, 1, 1], **{"num_classes": 5, **kwargs})
+    assert_same_network(ours, theirs)
+    x = images()
+    # In training mode the statistics of the batch, and the running statistics that it leaves behind, agree
+    # too.
+    for training in (True, False):
+        assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
+    assert_same_network(ours, theirs)
+
+
+def test_zero_init_residual_starts_every_block_as_its_shortcut() -> None:
+    for block, name in ((BasicBlock, "bn2"), (Bottleneck, "bn3")):
+        model = ResNet(block, [2, 1, 1, 1], zero_init_residual=True).eval()
+        assert all(not getattr(m, name).weight.any() for m in model.modules() if isinstance(m, block))
+        x = images(channels=64 * block.expansion, size=8)
+        assert torch.equal(model.layer1[1](x), x.relu())
+
+
+def test_gradients_equal_torchvisions() -> None:
+    ours, theirs = pair(Bottleneck, [1, 1, 1, 1], num_classes=5)
+    for model in (ours, theirs):
+        model(images()).square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_signatures_are_torchvisions() -> None:
+    for ours, theirs in ((ResNet, tv.ResNet), (BasicBlock, tv.BasicBlock), (Bottleneck, tv.Bottleneck)):
+        a, b = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
+        assert [(p.name, p.kind, p.default) for p in a.values()] == [
+            (p.name, p.kind, p.default) for p in b.values()
+        ]
+    for name in LAYERS:
+        a = inspect.signature(getattr(models, name)).parameters
+        assert [p.name for p in a.values()] == ["weights", "progress", "kwargs"]
+        assert a["weights"].kind is a["progress"].kind is inspect.Parameter.KEYWORD_ONLY
+    # Read by detection and segmentation code.
+    ours, theirs = pair(Bottleneck, [1, 1, 1, 1], replace_stride_with_dilation=[False, False, True])
+    for name in ("inplanes", "dilation", "groups", "base_width", "_norm_layer"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.layer4[0].stride == theirs.layer4[0].stride
+
+
+BAD = {
+    "two_dilations": (
+        Bottleneck,
+        {"replace_stride_with_dilation": [True, False]},
+        "replace_stride_with_dilation",
+    ),
+    "four_dilations": (
+        Bottleneck,
+        {"replace_stride_with_dilation": [False] * 4},
+        "replace_stride_with_dilation",
+    ),
+    "dilations_number": (Bottleneck, {"replace_stride_with_dilation": 3}, None),
+    "basic_groups": (BasicBlock, {"groups": 2}, "groups"),
+    "basic_width": (BasicBlock, {"width_per_group": 128}, "base_width"),
+    "basic_dilated": (
+        BasicBlock,
+        {"replace_stride_with_dilation": [False, False, True], "layers": [1, 1, 1, 2]},
+        None,
+    ),
+    "three_stages": (BasicBlock, {"layers": [1, 1, 1]}, None),
+    "classes_text": (BasicBlock, {"num_classes": "ten"}, None),
+    "unknown": (BasicBlock, {"num_class": 10}, "num_class"),
+    "width_text": (Bottleneck, {"width_per_group": "64"}, None),
+    "identity_zero_init": (BasicBlock, {"zero_init_residual": True, "norm_layer": nn.Identity}, None),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_are_torchvisions(case: str) -> None:
+    block, kwargs, named = BAD[case]
+    kwargs = dict(kwargs)
+    layers = kwargs.pop("layers", [1, 1, 1, 1])
+    with pytest.raises(Exception) as theirs:
+        tv.ResNet(PEERS[block], layers, **kwargs)
+    with pytest.raises(Exception) as ours:
+        ResNet(block, layers, **kwargs)
+    assert ours.type is theirs.type
+    assert named is None or (named in str(ours.value) and named in str(theirs.value))
+
+
+def test_errors_name_what_came() -> None:
+    with pytest.raises(ValueError, match=r"3-element tuple.*got \[True\]"):
+        models.resnet50(replace_stride_with_dilation=[True])
+    with pytest.raises(ValueError, match=r"groups=1 and base_width=64, got groups=4 and base_width=32"):
+        models.resnet18(groups=4, width_per_group=32)
+    with pytest.raises(NotImplementedError, match=r"dilation=1, got dilation=2.*Bottleneck"):
+        models.resnet34(replace_stride_with_dilation=[False, True, True])
+    with pytest.raises(TypeError, match="pretrained"):
+        models.resnet18(pretrained=True)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_torchscript_fx_and_export_of_the_plain_model(block) -> None:
+    model = ResNet(block, [1, 1, 1, 1], num_classes=3).eval()
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.jit.script(model)(x), expected)
+        graph = torch.fx.symbolic_trace(model)
+        assert torch.equal(graph(x), expected)
+        exported = torch.export.export(
+            model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},)
+        )
+        torch.testing.assert_close(exported.module()(images(3))[:2], expected)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"].count(
+        "layer1.0.relu"
+    ) == block.expansion // 4 + 2
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(8, 78_042), (20, 272_474), (32, 466_906), (56, 855_770)])
+def test_cifar_resnet(depth: int, parameters: int) -> None:
+    model = CifarResNet(depth).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    main_path = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n
+    ]
+    assert len(main_path) == depth
+    shortcuts = [n for n, m in model.named_modules() if n.endswith("downsample")]
+    assert shortcuts == ["layer2.0.downsample", "layer3.0.downsample"]
+    x = images(size=32)
+    sizes = {}
+    for name in ("layer1", "layer2", "layer3"):
+        getattr(model, name).register_forward_hook(
+            lambda m, i, o, name=name: sizes.update({name: tuple(o.shape[1:])})
+        )
+    assert model(x).shape == (2, 10)
+    assert sizes == {"layer1": (16, 32, 32), "layer2": (32, 16, 16), "layer3": (64, 8, 8)}
+
+
+def test_cifar_resnet_converted_agrees_with_the_plain_one() -> None:
+    torch.manual_seed(5)
+    plain = CifarResNet(14, num_classes=7, in_channels=1).eval()
+    torch.manual_seed(5)
+    ours = models.cifar_resnet(14, num_classes=7, in_channels=1).eval()
+    assert isinstance(ours, CifarResNet)
+    assert_same_network(ours, plain)
+    x = images(channels=1, size=28)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.jit.script(plain)(x), plain(x))
+    assert torch.equal(torch.fx.symbolic_trace(plain)(x), plain(x))
+
+
+@pytest.mark.parametrize("depth", [18, 2, -4, 0, 21, 20.0, "20", True])
+def test_cifar_resnet_refuses_other_depths(depth) -> None:
+    with pytest.raises(ValueError, match=r"depth must be 6n\+2.*got"):
+        models.cifar_resnet(depth)
