@@ -1,0 +1,28 @@
+"""Residual networks on fused Triton kernels: a drop-in for PyTorch's ResNets, in one call.
+
+model = resnet_triton.convert(torchvision.models.resnet50(weights="IMAGENET1K_V2").eval())
+"""
+
+from . import functional
+from ._version import __version__
+from .backend import use_backend
+from .convert import convert, fold, unconvert
+from .explain import explain
+from .info import info
+from .models import resnet18, resnet34, resnet50, resnet101, resnet152
+
+__all__ = [
+    "__version__",
+    "convert",
+    "explain",
+    "fold",
+    "functional",
+    "info",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "unconvert",
+    "use_backend",
+]

@@ -1,0 +1,238 @@
+"""``explain``: what would run, layer by layer, on this or another device, and why. Nothing is computed.
+
+The model's forward runs on shape-only tensors. Every op of this package then asks ``plan`` exactly as it does when it
+really runs, and records the answer; every other PyTorch operator is one row with the bytes that it moves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import nn as fused
+from .backend import current_backend
+from .convert import _is_block, is_converted
+from .cost import memory_us
+from .devices import Target, target_of
+from .ops import IMPLEMENTATIONS, Recorder, Step
+from .plan import library_of
+
+# PyTorch operators that compute or move an activation; views and shape arithmetic are not rows.
+_COMPUTE = {
+    "convolution": "conv",
+    "native_batch_norm": "batch_norm",
+    "_native_batch_norm_legit": "batch_norm",
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "_batch_norm_with_update": "batch_norm",
+    "cudnn_batch_norm": "batch_norm",
+    "relu": "relu",
+    "relu_": "relu",
+    "threshold_backward": "relu",
+    "add": "add",
+    "add_": "add",
+    "mul": "mul",
+    "rsqrt": "rsqrt",
+    "max_pool2d_with_indices": "max_pool",
+    "mean": "mean",
+    "_adaptive_avg_pool2d": "mean",
+    "addmm": "linear",
+    "mm": "linear",
+    "_to_copy": "cast",
+    "clone": "copy",
+    "copy_": "copy",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a plan.
+
+    Args:
+        name: the module whose weight it uses; rows without a weight name the one before them.
+        op: what it computes.
+        realisation: the kernel, or ``"cudnn"``, ``"onednn"``, ``"aten"``.
+        config: the kernel's tiling, or ``""``.
+        predicted_us, measured_us: microseconds, None where unknown; a prediction is not a measurement.
+        bytes: through device memory.
+        reason: why it runs so.
+    """
+
+    name: str
+    op: str
+    realisation: str
+    config: str
+    predicted_us: float | None
+    measured_us: float | None
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`explain` returns; ``str()`` is the table.
+
+    Args:
+        rows: steps in the order of execution.
+        device: the device planned for.
+        dtype: dtype of the activations.
+        input_shape: of the images.
+    """
+
+    rows: tuple[Row, ...]
+    device: str
+    dtype: str
+    input_shape: tuple[int, ...]
+
+    @property
+    def bytes_per_image(self) -> float:
+        """Bytes through device memory of one forward, weights included, divided by the batch."""
+        return sum(row.bytes for row in self.rows) / max(1, self.input_shape[0])
+
+    @property
+    def predicted_us(self) -> float | None:
+        """Sum of predicted (or measured, where known) times in microseconds; None where no step has one."""
+        known = [row.measured_us or row.predicted_us for row in self.rows]
+        return sum(us for us in known if us) if any(known) else None
+
+    def to_json(self) -> str:
+        """The plan as JSON: device, dtype, input_shape, rows."""
+        return json.dumps(asdict(self), indent=1)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws bytes per step as bars to an image file, coloured by who runs it (needs matplotlib)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 1 + 0.18 * len(self.rows)), layout="constrained")
+        axes = figure.subplots()
+        library = ("cudnn", "onednn", "aten")
+        colours = ["tab:gray" if row.realisation in library else "tab:green" for row in self.rows]
+        axes.barh([f"{row.name} {row.op}" for row in self.rows], [r.bytes / 1e6 for r in self.rows], color=colours)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", labelsize=6)
+        axes.set_xlabel(f"MB through device memory, batch {self.input_shape[0]} (green: this package's kernels)")
+        figure.savefig(path)
+
+    def __str__(self) -> str:
+        head = ("layer", "op", "runs as", "config", "MB", "predicted us", "measured us", "reason")
+        lines: list[tuple[str, ...]] = [head]
+        for row in self.rows:
+            times = ("" if us is None else f"{us:.1f}" for us in (row.predicted_us, row.measured_us))
+            lines.append((row.name, row.op, row.realisation, row.config, f"{row.bytes / 1e6:.2f}", *times, row.reason))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
+        table = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
+        own = sum(row.realisation not in ("cudnn", "onednn", "aten") for row in self.rows)
+        table.append(
+            f"{len(self.rows)} steps, {own} on this package's kernels; "
+            f"{self.bytes_per_image / 1e6:.1f} MB an image on {self.device}, {self.dtype}"
+        )
+        return "\n".join(line.rstrip() for line in table)
+
+
+class _Tracer(TorchDispatchMode):
+    """Turns each operator of a shape-only forward into rows."""
+
+    def __init__(self, target: Target, names: dict[int, str], reasons: dict[str, str]) -> None:
+        super().__init__()
+        self.target, self.names, self.reasons = target, names, reasons
+        self.rows: list[Row] = []
+        self.place = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "resnet_triton":
+            with Recorder(self.target) as recorder:
+                out = IMPLEMENTATIONS[func._opname](*args, **(kwargs or {}))
+            self.rows += [self._step(step) for step in recorder.steps]
+            return out
+        out = func(*args, **(kwargs or {}))
+        op = _COMPUTE.get(func._opname)
+        if op:
+            self.rows.append(self._eager(op, args, out))
+        return out
+
+    def _find(self, tensors: Sequence[object]) -> str | None:
+        return next((self.names[id(t)] for t in tensors if id(t) in self.names), None)
+
+    def _step(self, step: Step) -> Row:
+        self.place = self._find([step.weight]) or self.place
+        choice, reason = step.choice, step.choice.reason
+        w = step.weight
+        if step.op == "conv" and w is not None and not w.is_contiguous(memory_format=torch.channels_last):
+            reason += "; its K,C,R,S weight is repacked on each call: model.to(memory_format=torch.channels_last)"
+        op = f"{step.op} {step.shape} {step.epilogue}" if step.shape else step.op
+        config = str(choice.config) if choice.config else ""
+        predicted = choice.predicted_us
+        if predicted is None and choice.measured_us is None:
+            predicted = memory_us(step.bytes, self.target)
+        return Row(self.place, op, choice.realisation, config, predicted, choice.measured_us, step.bytes, reason)
+
+    def _eager(self, op: str, args: Sequence[object], out: object) -> Row:
+        self.place = self._find(args) or self.place
+        owner = max((p for p in self.reasons if f"{self.place}.".startswith(f"{p}.")), key=len, default=None)
+        reason = "not part of a fused block" if owner is None else self.reasons[owner]
+        outputs = out if isinstance(out, (tuple, list)) else (out,)
+        moved = sum(t.numel() * t.element_size() for t in (*args, *outputs) if isinstance(t, Tensor))
+        return Row(self.place, op, library_of(self.target), "", memory_us(moved, self.target), None, moved, reason)
+
+
+def _reasons(model: nn.Module) -> dict[str, str]:
+    """Why each known block that does not run fused does not, by module name."""
+    reasons = {}
+    for name, m in model.named_modules():
+        if is_converted(m) and m._resnet_triton.kind == "block":
+            reason = fused.why_not_block(m)
+            if reason:
+                reasons[name] = reason
+        elif _is_block(m):
+            reasons[name] = "not converted: resnet_triton.convert(model)"
+    return reasons
+
+
+def explain(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Lists how each step of ``model`` would run in its present mode, with the reason; computes nothing.
+
+    Args:
+        model: any module that takes one image batch.
+        input_shape: ``(N, C, H, W)``.
+        dtype: plan for this floating dtype; None is the model's own.
+        device: a torch device, or a known device name such as ``"NVIDIA H200"``, which needs no GPU; None is the
+            model's own.
+
+    Raises:
+        ValueError: for an unknown device or a shape that is not four positive sizes.
+    """
+    shape = tuple(input_shape)
+    if len(shape) != 4 or not all(isinstance(size, int) and size >= 0 for size in shape) or prod(shape[1:]) == 0:
+        raise ValueError(f"input_shape must be (N, C, H, W) with positive sizes, got {input_shape!r}")
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    first = next((t for t in tensors.values() if t.is_floating_point()), torch.empty(0))
+    target = target_of(device if device is not None else first.device, current_backend() == "triton")
+    dtype = dtype or first.dtype
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        fake: Tensor = mode.from_tensor(tensor.detach())
+        if fake.is_floating_point() and fake.dtype != dtype:
+            fake = fake.to(dtype)
+        fakes[name] = fake
+        names[id(fake)] = name.rpartition(".")[0]
+    tracer = _Tracer(target, names, _reasons(model))
+    with mode, torch.no_grad():
+        x = torch.empty(shape, dtype=dtype, device=first.device)
+        with tracer:
+            torch.func.functional_call(model, fakes, (x,))
+    return Plan(tuple(tracer.rows), target.name, str(dtype).removeprefix("torch."), shape)
