@@ -23,28 +23,29 @@ from . import functional, models
 from . import nn as fused
 
 logger = logging.getLogger("resnet_triton")
+Spec = fused.BlockSpec | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a generated class carries: its kind, the class it replaces, and a block's attribute names."""
+    """What a generated class carries: its kind, the class it replaces, and attribute names of a block or container."""
 
     kind: str
     base: type[nn.Module]
-    spec: fused.BlockSpec | None = None
+    spec: Spec = None
 
 
-def _originals() -> Iterator[tuple[str, type[nn.Module], fused.BlockSpec | None]]:
+def _originals() -> Iterator[tuple[str, type[nn.Module], Spec]]:
     """``(kind, class, spec)`` of every module class that is known exactly."""
     yield "block", models.BasicBlock, fused.BASIC
     yield "block", models.Bottleneck, fused.BOTTLENECK
     yield "stage", nn.Sequential, None
-    yield "container", models.ResNet, None
-    yield "container", models.CifarResNet, None
+    yield "container", models.ResNet, fused.IMAGENET
+    yield "container", models.CifarResNet, fused.CIFAR
     for module, kind, name, spec in (
         ("torchvision.models.resnet", "block", "BasicBlock", fused.BASIC),
         ("torchvision.models.resnet", "block", "Bottleneck", fused.BOTTLENECK),
-        ("torchvision.models.resnet", "container", "ResNet", None),
+        ("torchvision.models.resnet", "container", "ResNet", fused.IMAGENET),
         ("torchvision.models._utils", "getter", "IntermediateLayerGetter", None),
     ):
         try:
@@ -54,7 +55,7 @@ def _originals() -> Iterator[tuple[str, type[nn.Module], fused.BlockSpec | None]
 
 
 @functools.cache
-def _known() -> dict[object, tuple[str, fused.BlockSpec | None]]:
+def _known() -> dict[object, tuple[str, Spec]]:
     """Kind and spec by the ``forward`` function of a known class: a subclass that overrides it is not known."""
     return {cls.forward: (kind, spec) for kind, cls, spec in _originals()}
 
@@ -191,7 +192,7 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
     if strict:
         _check_strict(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copy(model, "convert")
     for m in list(model.modules()):
         if _kind(m) is not None:
             base: Any = type(m)
@@ -224,11 +225,21 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     _check_module(model, "unconvert", inplace)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = _copy(model, "unconvert")
     for m in model.modules():
         if is_converted(m):
             m.__class__ = _marker(m).base
     return model
+
+
+def _copy(model: nn.Module, function: str) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a pruned weight, a handle in a hook: copying calls foreign code
+        name = type(model).__name__
+        raise ValueError(
+            f"{function} cannot copy the {name}: {error}; pass inplace=True to change it itself"
+        ) from error
 
 
 def _check_module(model: nn.Module, function: str, inplace: bool) -> None:
@@ -246,7 +257,7 @@ def residual_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, fused.Bl
     """``(name, module, spec)`` of every known residual block, converted or not."""
     for name, m in model.named_modules():
         kind, spec = _known().get(_marker(m).base.forward if is_converted(m) else type(m).forward, ("", None))
-        if kind == "block" and spec is not None:
+        if kind == "block" and isinstance(spec, fused.BlockSpec):
             yield name, m, spec
 
 
@@ -270,8 +281,9 @@ def _check_strict(model: nn.Module) -> None:
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Folds the BN of every fusable block and stem into its convolution, for good, and converts the model.
 
-    The convolutions get a bias, the BNs become ``nn.Identity``, so state_dict keys change; what cannot be fused stays.
-    Fold in fp32, then cast: ``fold(model).bfloat16()`` rounds each weight once.
+    The convolutions get a bias, the BNs become ``nn.Identity``, so state_dict keys change; what does not run fused,
+    because of its structure or a hook, stays. Fold in fp32, then cast: ``fold(model).bfloat16()`` rounds each weight
+    once.
 
     Args:
         model: a model in eval mode, converted or not.
@@ -281,12 +293,15 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ValueError: a BN to fold is in training mode (nothing is changed).
     """
     _check_module(model, "fold", inplace)
-    training = [name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    training = [name for name, m in model.named_modules() if isinstance(m, norms) and m.training]
     if training:
         raise ValueError(
             f"fold needs constant statistics, but {training[0]} is in training mode; call model.eval() first"
         )
-    model = convert(model, inplace=inplace)
+    if not inplace:
+        model = _copy(model, "fold")
+    convert(model, inplace=True)
     for parent, conv, norm in _foldable(model):
         _fold_pair(parent, conv, norm)
     return model
@@ -295,18 +310,22 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """``(parent, convolution name, BN name)`` of every pair that can be folded."""
     for _, block, spec in list(residual_blocks(model)):
-        if is_converted(block) and fused.structural_reason(block, spec) is None:
+        if is_converted(block) and fused.why_not_block(block) is None:
             yield from ((block, conv, norm) for conv, norm in spec.units)
             shortcut = getattr(block, spec.shortcut)
             if shortcut is not None:
                 yield shortcut, "0", "1"
+    m: fused.Converted
     for m in list(model.modules()):
-        if is_converted(m) and _marker(m).kind in ("container", "getter"):
-            children = dict(m.named_children())
-            if {"conv1", "bn1", "relu"} <= set(children) and fused.why_not_stem(
-                *(children[n] for n in fused.STEM[:3])
-            ) is None:
-                yield m, "conv1", "bn1"
+        kind = _marker(m).kind if is_converted(m) else ""
+        if kind == "container" and "_forward_impl" not in m.__dict__:
+            names: tuple[str, ...] = fused.STEM[:3]
+        elif kind == "getter" and fused.STEM[0] not in m.return_layers:  # a tap of conv1 must stay without BN
+            names = tuple(m)[:3]
+        else:
+            continue
+        if names == fused.STEM[:3] and fused.why_not_stem(*(getattr(m, name) for name in names)) is None:
+            yield m, "conv1", "bn1"
 
 
 @torch.no_grad()

@@ -96,6 +96,17 @@ def unfused_bytes(shape: ConvShape, epilogue: Epilogue, itemsize: int) -> int:
     return shape.bytes_moved(itemsize) + output * (2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu)
 
 
-def memory_us(moved: int, target: Target) -> float | None:
-    """Predicted microseconds of a step that only moves bytes through device memory; None without a GPU."""
-    return moved / target.hbm_tb_s / 1e6 + LAUNCH_US if target.is_cuda else None
+def stem_bytes(shape: ConvShape, itemsize: int) -> int:
+    """Bytes of the stem on our kernels: image in, cells out and in (16 channels), activation out."""
+    cells = shape.n * (shape.p + 3) * (shape.q + 4) * 16
+    return itemsize * (shape.n * shape.h * shape.w * 3 + 2 * cells + shape.m * shape.k)
+
+
+def head_bytes(n: int, c: int, k: int, pixels: int, itemsize: int) -> int:
+    """Bytes of global average pool and fully connected layer, ours and the library's alike."""
+    return itemsize * (n * c * (pixels + 2) + c * k + n * k)
+
+
+def memory_us(moved: int, target: Target, launches: int = 1) -> float | None:
+    """Predicted microseconds of steps that only move bytes through device memory; None without a GPU."""
+    return moved / target.hbm_tb_s / 1e6 + launches * LAUNCH_US if target.is_cuda else None

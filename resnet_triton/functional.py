@@ -86,7 +86,7 @@ def conv_bn_act(
     _check_constant(mean=mean, var=var)
     tensors = (x, weight, bias, gamma, beta, mean, var, residual)
     function = autograd.ConvBNAct.apply if _differentiating(tensors) else ops.conv_bn_act
-    return function(*tensors, eps, relu, stride, padding, dilation)
+    return function(*_distinct(tensors), eps, relu, stride, padding, dilation)
 
 
 def block_tail(
@@ -113,7 +113,8 @@ def block_tail(
     units = (conv2, conv3, downsample, next)
     t, shortcut, tensors, counts, eps, geometry = _flatten(t, shortcut, units)
     if _differentiating((t, shortcut, *tensors)):
-        out = autograd.BlockTail.apply(t, shortcut, counts, eps, geometry, *tensors)
+        first, second, *rest = _distinct((t, shortcut, *tensors))
+        out = autograd.BlockTail.apply(first, second, counts, eps, geometry, *rest)
     else:
         groups = autograd._regroup(counts, tensors)
         out = ops.block_tail(t, shortcut, *groups, eps, geometry)
@@ -124,7 +125,8 @@ def bottleneck(x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, *, downsa
     """A whole bottleneck block, ``[N, C, H, W] -> [N, K, P, Q]``; the backward keeps only its input and output."""
     x, _, tensors, counts, eps, geometry = _flatten(x, x, (conv1, conv2, conv3, downsample))
     if _differentiating((x, *tensors)):
-        return autograd.Bottleneck.apply(x, counts, eps, geometry, *tensors)
+        first, *rest = _distinct((x, *tensors))
+        return autograd.Bottleneck.apply(first, counts, eps, geometry, *rest)
     return ops.bottleneck(x, *autograd._regroup(counts, tensors), eps, geometry)
 
 
@@ -195,18 +197,29 @@ def fold_bn(
 
 def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """``relu(x + y)`` of two tensors of equal shape and dtype in one pass."""
-    return (autograd.AddReLU.apply if _differentiating((x, y)) else ops.add_relu)(x, y)
+    return (autograd.AddReLU.apply if _differentiating((x, y)) else ops.add_relu)(*_distinct((x, y)))
 
 
 def _differentiating(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _distinct(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """While compiling, a tensor that is passed twice as two: Dynamo drops one gradient otherwise (pytorch#181146)."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    distinct: list[Tensor | None] = []
+    for i, t in enumerate(tensors):
+        repeated = t is not None and any(t is earlier for earlier in tensors[:i])
+        distinct.append(t.view_as(t) if t is not None and repeated else t)
+    return distinct
+
+
 def _autocast(first: Tensor, *others: Tensor | None) -> tuple:
     """All arguments in autocast's dtype where it is on for the device and they are fp32, fp16 or bf16."""
     tensors = (first, *others)
     device = first.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta device
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -39,6 +39,10 @@ Converted = Any
 BASIC = BlockSpec((("conv1", "bn1"), ("conv2", "bn2")))
 BOTTLENECK = BlockSpec((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
 
+#: Children of a container in the order of its forward, up to the global average pool.
+IMAGENET = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+CIFAR = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
+
 
 # What can be fused
 
@@ -182,7 +186,7 @@ def run_blocks(blocks: Sequence[Converted], x: Tensor) -> Tensor:
 
 def fused_blocks(stage: Converted) -> list[Converted] | None:
     """The blocks of a stage if all of them can run fused without being called, else None."""
-    blocks = list(stage.children())
+    blocks = list(stage._modules.values())  # children() would name a block that is there twice only once
     for block in blocks:
         if not hasattr(block, "_resnet_triton") or block._resnet_triton.kind != "block":
             return None
@@ -284,8 +288,9 @@ def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterab
 
 def run_resnet(model: Converted, x: Tensor) -> Tensor:
     """The forward of a converted ResNet: trunk, global average pool, fully connected layer."""
-    children = [(name, m) for name, m in model.named_children() if name not in ("avgpool", "fc")]
-    x = run_trunk(children, x)[""]
+    if "_forward_impl" in model.__dict__:  # replaced on the instance
+        return model._eager(x)
+    x = run_trunk([(name, getattr(model, name)) for name in model._resnet_triton.spec], x)[""]
     if why_not_head(model) is None:
         return functional.head(x, model.fc.weight, model.fc.bias)
     return model.fc(torch.flatten(model.avgpool(x), 1))

@@ -119,8 +119,14 @@ def new_channels_last(x: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dt
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """The dense ``[N,H,W,C]`` view of a channels_last tensor (a copy of anything else)."""
-    return channels_last(x).permute(0, 2, 3, 1).contiguous()
+    """The dense, 16-byte aligned ``[N,H,W,C]`` view of a channels_last tensor (a copy of anything else)."""
+    dense = channels_last(x).permute(0, 2, 3, 1).contiguous()
+    return aligned(dense)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, copied if it starts off a 16-byte boundary (in a flat buffer of parameters), where no TMA can read it."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def dense_vectors(vectors: Vectors) -> Vectors:
@@ -158,7 +164,9 @@ def _check_operands(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tenso
     for name, vector in zip(UNIT[1:], vectors, strict=True):
         if vector is not None and tuple(vector.shape) != (weight.shape[0],):
             raise ValueError(f"{name} must be [K] = [{weight.shape[0]}], got {tuple(vector.shape)}")
-    mean, var = vectors[3:]
+    bias, mean, var = vectors[0], *vectors[3:]
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias has dtype {bias.dtype}, weight has {weight.dtype}; convert one with .to()")
     if (mean is None) != (var is None):
         raise ValueError("mean and var belong together; got only one of them")
     if var is None and (vectors[1] is not None or vectors[2] is not None):
@@ -359,6 +367,8 @@ def _check_stem(x, weight, norm_mean, norm_std) -> tuple[int, int]:
             f"stem takes x [N, 3, H, W] and weight [K, 3, 7, 7], got {tuple(x.shape)} and {tuple(weight.shape)}; "
             f"an NHWC batch enters as x.permute(0, 3, 1, 2)"
         )
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point, got {weight.dtype}; convert it with .to()")
     if x.dtype != torch.uint8 and x.dtype != weight.dtype and norm_mean is None:
         raise ValueError(f"x must be uint8 or the weight's dtype {weight.dtype}, got {x.dtype}")
     if (norm_mean is None) != (norm_std is None):
@@ -381,7 +391,7 @@ def stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool
 
 
 def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target):
-    n, k, p, q = y.shape
+    n, k = y.shape[:2]
     _, _, h, w = x.shape
     shape = ConvShape(n, h, w, 3, k, 7, 7, 2, 3)
     epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, False, True)
@@ -394,7 +404,8 @@ def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target)
 
         cells = kernels.stem_cells(h, w, choice.tiling.kernel == "conv_tma")
         xs = torch.empty((n, *cells, 16), dtype=dtype, device=x.device)
-        kernels.launch_space_to_depth(x, xs, norm_mean, norm_std)
+        norm = (None if v is None else v.contiguous() for v in (norm_mean, norm_std))
+        kernels.launch_space_to_depth(x, xs, *norm)
         packed = torch.empty((k, 4, 4, 16), dtype=dtype, device=x.device)
         kernels.launch_pack_stem_weight(weight, packed)
         operands = Operands(None, *dense_vectors(vectors), eps=eps, relu=True)
@@ -406,8 +417,8 @@ def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target)
         image = channels_last(reference.normalise(x, norm_mean, norm_std, dtype))
         return reference.conv_bn_act(image, weight, *vectors, residual=None, eps=eps, relu=True, stride=2, padding=3)
 
-    cells_bytes = 2 * n * (p + 3) * (q + 4) * 16 * size + x.numel() * x.element_size()
-    moved = cells_bytes + y.numel() * size if choice.fused else plan.cost.unfused_bytes(shape, epilogue, size)
+    cost = plan.cost
+    moved = cost.stem_bytes(shape, size) if choice.fused else cost.unfused_bytes(shape, epilogue, size)
     return _run("stem", choice, y, launch, eager, weight=weight, shape=shape, epilogue=epilogue, moved=moved)
 
 
@@ -415,14 +426,16 @@ def max_pool_step(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """Max-pools a channels_last activation."""
     n, c, h, w = x.shape
     out = new_channels_last(x, n, c, out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding))
-    choice = plan.choose_step("max_pool", _target(x), x.dtype, backend.current_backend())
+    moved = (x.numel() + out.numel()) * x.element_size()
+    theirs = moved + 8 * out.numel()  # PyTorch's also stores an int64 index per value
+    choice = plan.choose_step("max_pool", _target(x), x.dtype, backend.current_backend(), (moved, 1), (theirs, 1))
 
     def launch() -> None:
         from .kernels.pool import launch_max_pool
 
         launch_max_pool(nhwc(x), out.permute(0, 2, 3, 1), kernel, stride, padding)
 
-    moved = (x.numel() + out.numel()) * x.element_size()
+    moved = moved if choice.fused else theirs
     return _run("max_pool", choice, out, launch, lambda: torch.max_pool2d(x, kernel, stride, padding), moved=moved)
 
 
@@ -452,15 +465,16 @@ def head(x, weight, bias):
     n, c = x.shape[:2]
     k = weight.shape[0]
     out = x.new_empty(n, k)
-    choice = plan.choose_head(n, c, k, x.dtype, _target(x), backend.current_backend())
+    choice = plan.choose_head(n, c, k, x.dtype, _target(x), backend.current_backend(), x.shape[2] * x.shape[3])
 
     def launch() -> None:
         from .kernels.head import launch_head
 
         precision = backend.dot_precision(x.dtype)
-        launch_head(nhwc(x), weight.contiguous(), bias, x.new_empty(n, c), out, choice.tiling, precision)
+        rows, addend = aligned(weight.contiguous()), None if bias is None else bias.contiguous()
+        launch_head(nhwc(x), rows, addend, x.new_empty(n, c), out, choice.tiling, precision)
 
-    moved = (x.numel() + weight.numel() + out.numel() + 2 * n * c) * x.element_size()
+    moved = plan.cost.head_bytes(n, c, k, x.shape[2] * x.shape[3], x.element_size())
     return _run("head", choice, out, launch, lambda: reference.head(x, weight, bias), weight=weight, moved=moved)
 
 
@@ -472,22 +486,35 @@ def _fake_head(x, weight, bias):
 def fold_bn(weight, bias, gamma, beta, mean, var, eps):
     """Implementation of ``torch.ops.resnet_triton.fold_bn``."""
     folded, shift = _fake_fold_bn(weight, bias, gamma, beta, mean, var, eps)
-    choice = plan.choose_step("fold_bn", _target(weight), weight.dtype, backend.current_backend())
+    moved = 2 * weight.numel() * weight.element_size()  # PyTorch: rsqrt, four vector steps, two passes over the weight
+    choice = plan.choose_step(
+        "fold_bn", _target(weight), weight.dtype, backend.current_backend(), (moved, 1), (3 * moved, 7)
+    )
     if not choice.fused or Recorder.active:
-        return reference.fold_bn(weight, bias, gamma, beta, mean, var, eps)
+        eager, shift = reference.fold_bn(weight, bias, gamma, beta, mean, var, eps)
+        return (eager if eager.stride() == folded.stride() else folded.copy_(eager)), shift
     from .kernels.batch_norm import launch_fold_bn
 
     # both layouts keep K outermost and dense, which is all that the kernel asks for
     rows = weight if weight.stride() == folded.stride() else torch.empty_like(folded).copy_(weight)
+    bias, gamma, beta, mean, var = dense_vectors((bias, gamma, beta, mean, var))
     launch_fold_bn(rows, bias, gamma, beta, mean, var, eps, folded, shift)
     return folded, shift
 
 
 def _fake_fold_bn(weight, bias, gamma, beta, mean, var, eps):
-    for name, vector in (("bias", bias), ("gamma", gamma), ("beta", beta), ("mean", mean), ("var", var)):
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point, got {weight.dtype}; convert it with .to()")
+    for name, vector in zip(UNIT[1:], (bias, gamma, beta, mean, var), strict=True):
         if vector is not None and tuple(vector.shape) != (weight.shape[0],):
             raise ValueError(f"{name} must be [K] = [{weight.shape[0]}], got {tuple(vector.shape)}")
-    return torch.empty_like(weight), weight.new_empty(weight.shape[0])
+        if vector is not None and vector.device != weight.device:
+            raise ValueError(f"{name} is on {vector.device}, weight on {weight.device}; move both to one device")
+    # the weight's own layout if that keeps K outermost
+    layout = torch.contiguous_format
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
+    return torch.empty_like(weight, memory_format=layout), weight.new_empty(weight.shape[0])
 
 
 def _check_add(x, y) -> None:
@@ -501,14 +528,16 @@ def _check_add(x, y) -> None:
 def add_relu(x, y):
     """Implementation of ``torch.ops.resnet_triton.add_relu``."""
     out = _fake_add_relu(x, y)
-    choice = plan.choose_step("add_relu", _target(x), x.dtype, backend.current_backend())
+    moved = 3 * x.numel() * x.element_size()
+    theirs = moved + 2 * x.numel() * x.element_size()
+    choice = plan.choose_step("add_relu", _target(x), x.dtype, backend.current_backend(), (moved, 1), (theirs, 2))
 
     def launch() -> None:
         from .kernels.add_relu import launch_add_relu
 
         launch_add_relu(_dense(x), _dense(y), out)
 
-    moved = 3 * x.numel() * x.element_size()
+    moved = moved if choice.fused else theirs
     return _run("add_relu", choice, out, launch, lambda: _dense(reference.add_relu(x, y)), moved=moved)
 
 

@@ -78,8 +78,19 @@ def triton_importable() -> bool:
     return True
 
 
-def choose_step(step: str, target: Target, dtype: torch.dtype, backend: str) -> Choice:
-    """Chooses for a step without a configuration (pooling, folding, addition): a kernel wherever kernels run.
+def choose_step(
+    step: str,
+    target: Target,
+    dtype: torch.dtype,
+    backend: str,
+    ours: tuple[int, int] = (0, 1),
+    theirs: tuple[int, int] = (0, 1),
+) -> Choice:
+    """Chooses for a step that only moves bytes (pooling, folding, addition, stem, head).
+
+    Args:
+        step: the realisation's name if a kernel runs.
+        ours, theirs: ``(bytes through device memory, launches)`` of our kernels and of the library's.
 
     Raises:
         RuntimeError: ``use_backend("triton")`` is in force and no kernel can run.
@@ -88,12 +99,23 @@ def choose_step(step: str, target: Target, dtype: torch.dtype, backend: str) -> 
     if backend == "triton":
         if reason:
             raise RuntimeError(f"use_backend('triton') cannot run {step}: {reason}. Use use_backend('auto').")
-        return Choice(step, None, "use_backend('triton')")
+        return Choice(step, None, "use_backend('triton')", _moving_us(ours, target))
+    library = library_of(target)
+    library_us = _moving_us(theirs, target)
     if backend == "cudnn":
-        return Choice(library_of(target), None, "use_backend('cudnn')")
-    if reason or not target.is_cuda:
-        return Choice(library_of(target), None, reason or "the interpreter runs only under use_backend('triton')")
-    return Choice(step, None, "one pass, unmeasured")
+        return Choice(library, None, "use_backend('cudnn')", library_us)
+    our_us = _moving_us(ours, target)
+    if reason or our_us is None or library_us is None:
+        return Choice(library, None, reason or "the interpreter runs only under use_backend('triton')")
+    text = f"unmeasured; predicted {our_us:.1f} us (hbm) against {library_us:.1f} us by {library}"
+    if our_us <= CLEAR_WIN * library_us:
+        return Choice(step, None, text, our_us)
+    return Choice(library, None, text, library_us)
+
+
+def _moving_us(work: tuple[int, int], target: Target) -> float | None:
+    moved, launches = work
+    return cost.memory_us(moved, target, launches)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -113,11 +135,14 @@ def choose_conv(
         return Choice(*_own(shape, dtype, target), "use_backend('triton') in the interpreter")
     if not target.is_cuda:
         return _choose_cpu(epilogue, dtype, backend)
+    if reason:  # such as fp64, for which the target has no rate
+        return Choice(library, None, reason)
     theirs = cost.predict_unfused(shape, epilogue, dtype, precision, target).us
-    if backend == "cudnn" or reason:
-        return Choice(library, None, reason or "use_backend('cudnn')", theirs)
+    if backend == "cudnn":
+        return Choice(library, None, "use_backend('cudnn')", theirs)
     entry = tuning.lookup(target.name, shape, dtype, epilogue.residual)
-    if entry and runs_on(entry.config, shape, dtype.itemsize):
+    able = target.tma or (entry is not None and entry.config.kernel == "conv_pointer")
+    if entry and able and runs_on(entry.config, shape, dtype.itemsize):
         text = f"measured {entry.us:.1f} us against {entry.library_us:.1f} us by {library}"
         if backend == "triton" or entry.us <= entry.library_us:
             return Choice(entry.config.kernel, entry.config, text, None, entry.us)
@@ -135,18 +160,22 @@ def choose_conv(
 
 def choose_stem(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, target: Target, backend: str) -> Choice:
     """Chooses how the 7x7/2 stem convolution runs: space-to-depth pass and 4x4 convolution, or the library."""
-    choice = choose_step("stem", target, dtype, backend)
+    size = dtype.itemsize
+    passes = 1 + epilogue.bn + epilogue.relu
+    theirs = (cost.unfused_bytes(shape, epilogue, size), passes)
+    choice = choose_step("stem", target, dtype, backend, (cost.stem_bytes(shape, size), 4), theirs)
     if not choice.fused:
         return choice
     from .kernels.stem import stem_config
 
-    config = stem_config(shape.n, shape.p, shape.q, shape.k, dtype.itemsize, target.tma)
+    config = stem_config(shape.n, shape.p, shape.q, shape.k, size, target.tma)
     return replace(choice, config=config)
 
 
-def choose_head(n: int, c: int, k: int, dtype: torch.dtype, target: Target, backend: str) -> Choice:
-    """Chooses how global average pool and fully connected layer run."""
-    choice = choose_step("head", target, dtype, backend)
+def choose_head(n: int, c: int, k: int, dtype: torch.dtype, target: Target, backend: str, pixels: int = 49) -> Choice:
+    """Chooses how global average pool (over ``pixels``) and fully connected layer run."""
+    work = (cost.head_bytes(n, c, k, pixels, dtype.itemsize), 2)
+    choice = choose_step("head", target, dtype, backend, work, work)
     if not choice.fused:
         return choice
     from .kernels.head import head_config
