@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 
 from .geometry import ConvShape, cdiv
 
+#: Fewer tiles than this leave more than half of a large GPU's multiprocessors idle.
+FEW_TILES = 66
 KERNELS = ("conv_tma", "conv1x1", "conv_pointer")
 
 
@@ -43,6 +45,7 @@ class ConvConfig:
         bn: output channels of a tile.
         bk: channels of one step of the reduction.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        persistent: programs per multiprocessor that walk over the tiles (``conv1x1`` only); 0 is one program a tile.
     """
 
     kernel: str
@@ -51,6 +54,7 @@ class ConvConfig:
     bk: int
     warps: int = 4
     stages: int = 3
+    persistent: int = 0
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -66,6 +70,10 @@ class ConvConfig:
             raise ValueError(f"box, bn and bk must be at least 16 for the tensor cores, got {self}")
         if not isinstance(self.stages, int) or self.stages < 1:
             raise ValueError(f"stages must be a positive int, got {self.stages!r}")
+        if not isinstance(self.persistent, int) or self.persistent < 0:
+            raise ValueError(f"persistent must be programs per multiprocessor or 0, got {self.persistent!r}")
+        if self.persistent and self.kernel != "conv1x1":
+            raise ValueError(f"persistent={self.persistent} is for conv1x1, got kernel={self.kernel!r}")
 
     @property
     def bm(self) -> int:
@@ -81,12 +89,15 @@ class ConvConfig:
         """Inverse of :meth:`to_dict`; raises ValueError naming the bad field."""
         fields = set(cls.__dataclass_fields__)
         if not isinstance(data, dict) or set(data) - fields or not {"kernel", "box", "bn", "bk"} <= set(data):
-            raise ValueError(f"a configuration needs kernel, box, bn, bk (optional: warps, stages), got {data!r}")
+            raise ValueError(
+                f"a configuration needs kernel, box, bn, bk (optional: warps, stages, persistent), got {data!r}"
+            )
         return cls(**{**data, "box": tuple(data["box"])})
 
     def __str__(self) -> str:
         box = "x".join(map(str, self.box)) if self.kernel == "conv_tma" else str(self.bm)
-        return f"{box} n{self.bn} k{self.bk} w{self.warps} s{self.stages}"
+        persistent = f" p{self.persistent}" if self.persistent else ""
+        return f"{box} n{self.bn} k{self.bk} w{self.warps} s{self.stages}{persistent}"
 
 
 def tma_describable(shape: ConvShape, itemsize: int) -> bool:
@@ -112,27 +123,41 @@ def runs_on(config: ConvConfig, shape: ConvShape, itemsize: int) -> bool:
 
 
 def heuristic(shape: ConvShape, itemsize: int, tma: bool) -> ConvConfig:
-    """A configuration from the shape alone: no spills on sm_90, lowest issue pressure among those tried there.
+    """The first of :func:`alternatives`."""
+    return alternatives(shape, itemsize, tma)[0]
 
-    Four warps rather than eight: each warp then owns twice the rows, so the main loop's scalar instructions,
-    which every warp issues, are shared by twice the tensor-core work (pressure 0.64 -> 0.35 for 128x128).
-    In fp32 eight, because without tensor cores (``precision="ieee"``) four spill, and ``conv_tma`` for pointwise
-    convolutions too, because ``conv1x1`` then spills with any tile.
+
+def alternatives(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]:
+    """Configurations from the shape alone, none of which spills on sm_90; which is best depends on the GPU.
+
+    Four warps for a 128x128 or 256x64 tile rather than eight: each warp then owns twice the rows, so the main loop's
+    scalar instructions, which every warp issues, are shared by twice the tensor-core work. A tile of 256x128 reads a
+    quarter less through L2. In fp32 eight warps, because without tensor cores (``precision="ieee"``) four spill, and
+    ``conv_tma`` for pointwise convolutions too, because ``conv1x1`` spills there with most tiles.
     """
-    deep = 128 // itemsize  # channels in the widest row that one swizzled shared-memory line holds
     bn = min(128, max(16, next_power_of_two(shape.k)))
+    deep = 128 // itemsize  # channels in the widest row that one swizzled shared-memory line holds
     if not tma or not tma_describable(shape, itemsize):
-        return ConvConfig("conv_pointer", (1, 1, 128), min(bn, 64), min(32, max(16, next_power_of_two(shape.c))))
-    bm = 128 if bn > 64 else 256
-    while bm > 64 and cdiv(shape.m, bm) * cdiv(shape.k, bn) < 132:
-        bm //= 2
+        # whole chunks of channels are copied in 16-byte pieces, asynchronously; others value by value
+        bk = deep if shape.c % deep == 0 else min(32, max(16, next_power_of_two(shape.c)))
+        return [ConvConfig("conv_pointer", (1, 1, 128), bn, bk, 8 if bn == 128 or itemsize == 4 else 4)]
     bk = min(deep, max(16, next_power_of_two(shape.c)))
-    if shape.pointwise and itemsize < 4:
-        return ConvConfig("conv1x1", (1, 1, min(bm, 128)), bn, bk)
     if shape.stride == 2:
         bk = min(deep, shape.c & -shape.c)
+    bm = 128 if bn > 64 else 256
+    while bm > 64 and cdiv(shape.m, bm) * cdiv(shape.k, bn) < FEW_TILES:
+        bm //= 2
+    wide = itemsize < 4 and bm * bn == 128 * 128 and cdiv(shape.m, 256) * cdiv(shape.k, bn) >= FEW_TILES
+    if shape.pointwise and itemsize < 4:
+        # a reduction to fewer channels never has a residual in a ResNet, and its long loop hides the epilogue
+        persistent = (2 if bn <= 64 else 1) if shape.c > shape.k else 0
+        return [ConvConfig("conv1x1", (1, 1, min(bm, 128)), bn, bk, persistent=persistent)]
     warps = 8 if itemsize == 4 and bm * bn > 64 * 128 else 4
-    return ConvConfig("conv_tma", least_waste_box(shape, bm), bn, bk, warps)
+    stages = 2 if bm == 256 else 3  # leaves room for a second program on the multiprocessor
+    configs = [ConvConfig("conv_tma", least_waste_box(shape, bm), bn, bk, warps, stages)]
+    if wide:
+        configs.append(ConvConfig("conv_tma", least_waste_box(shape, 256), bn, bk, 8))
+    return configs
 
 
 def least_waste_box(shape: ConvShape, bm: int) -> tuple[int, int, int]:

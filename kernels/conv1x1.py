@@ -1,10 +1,12 @@
-"""Pointwise convolution (1x1, stride 1) and fully connected layer: a persistent GEMM with the fused epilogue.
+"""Pointwise convolution (1x1, stride 1) and fully connected layer: a GEMM with the fused epilogue.
 
     y[m, k] = epilogue(sum over c of x[m, c] * w[k, c]),   m = one of the M = N*H*W pixels
 
-One program per multiprocessor walks over the tiles, the column blocks of one row block first, so that the
-x tile is read from device memory once and then from L2. The loop over tiles and the reduction are flattened
-into one, so the loads of the next tile are in flight while the epilogue of this one runs.
+The column blocks of one row block come first, so that the x tile is read from device memory once and then from L2.
+One program a tile, several programs on a multiprocessor: while one runs its epilogue, another loads and multiplies.
+Or persistent: a few programs per multiprocessor walk over the tiles, the loop over tiles and the reduction flattened
+into one, so that the loads of the next tile are in flight during the epilogue of this one. That costs registers and
+shared memory for both at once, which a residual does not leave room for.
 """
 
 import torch
@@ -19,27 +21,41 @@ from .launch import count, multiprocessors
 
 
 @triton.jit
+def gemm_tile(
+    tile, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of BM pixels times BN output channels."""
+    column_blocks = tl.cdiv(K, BN)
+    m0 = tile // column_blocks * BM
+    k0 = tile % column_blocks * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    for c0 in range(0, C, BK):
+        acc = tl.dot(x.load([m0, c0]), w.load([k0, c0]).T, acc, input_precision=PRECISION)
+    scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
+    out = acc * scale[None, :] + shift[None, :]
+    if residual is not None:
+        out += residual.load([m0, k0]).to(tl.float32)
+    if RELU:
+        out = relu(out)
+    y.store([m0, k0], out.to(y.dtype))
+
+
+@triton.jit
 def conv1x1(
     x, w, y, residual, bias, gamma, beta, mean, var, eps, M, K, C: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """BM pixels times BN output channels at a time. ``x, w, y, residual`` are tensor descriptors of rank 2."""
-    column_blocks = tl.cdiv(K, BN)
-    tiles = tl.cdiv(M, BM) * column_blocks
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
-        m0 = tile // column_blocks * BM
-        k0 = tile % column_blocks * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        for c0 in range(0, C, BK):
-            acc = tl.dot(x.load([m0, c0]), w.load([k0, c0]).T, acc, input_precision=PRECISION)
-        scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
-        out = acc * scale[None, :] + shift[None, :]
-        if residual is not None:
-            out += residual.load([m0, k0]).to(tl.float32)
-        if RELU:
-            out = relu(out)
-        y.store([m0, k0], out.to(y.dtype))
+    """``PROGRAMS`` persistent programs, or 0: one program a tile. ``x, w, y, residual``: descriptors of rank 2."""
+    if PROGRAMS == 0:
+        gemm_tile(
+            tl.program_id(0), x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK
+        )
+    else:
+        tiles = tl.cdiv(M, BM) * tl.cdiv(K, BN)
+        for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+            gemm_tile(tile, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK)
 
 
 def launch_conv1x1(
@@ -50,9 +66,12 @@ def launch_conv1x1(
     bm, bn, bk = config.bm, config.bn, config.bk
     describe = TensorDescriptor.from_tensor
     residual = operands.residual
-    programs = min(multiprocessors(x.device), cdiv(m, bm) * cdiv(k, bn))
+    tiles = cdiv(m, bm) * cdiv(k, bn)
+    programs = config.persistent * multiprocessors(x.device)
+    if programs >= tiles:  # every program would have one tile anyway
+        programs = 0
     count("conv1x1")
-    conv1x1[(programs,)](
+    conv1x1[(programs or tiles,)](
         describe(x, [bm, bk]), describe(w, [bn, bk]), describe(y, [bm, bn]),
         None if residual is None else describe(residual, [bm, bn]), *operands.vectors,
         m, k, C=c, RELU=operands.relu, PRECISION=precision, BM=bm, BN=bn, BK=bk, PROGRAMS=programs,

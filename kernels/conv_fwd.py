@@ -28,13 +28,17 @@ def conv_tma(
     STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One box of output pixels times BN output channels. ``x, w, y, residual`` are tensor descriptors."""
+    """One box of output pixels times BN output channels. ``x, w, y, residual`` are tensor descriptors.
+
+    The product is computed transposed, filters times pixels: both operands then go from shared memory straight into the
+    tensor core, where a reshaped box as left operand would pass through registers.
+    """
     BM: tl.constexpr = TN * TH * TW
     CHUNKS: tl.constexpr = (C + BK - 1) // BK
     column_blocks = tl.cdiv(K, BN)
     n0, p0, q0 = box_origin(tl.program_id(0) // column_blocks, P, Q, TN, TH, TW)
     k0 = tl.program_id(0) % column_blocks * BN
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BN, BM), tl.float32)
     for step in range(R * S * CHUNKS):
         tap = step // CHUNKS
         c0 = step % CHUNKS * BK
@@ -44,15 +48,15 @@ def conv_tma(
             a = x.load([n0, p0 + dh, q0 + dw, c0])
         else:  # input row 2*p + dh is row p + dh//2 of half dh%2
             a = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0])
-        b = w.load([k0, tap, c0])
-        acc = tl.dot(a.reshape(BM, BK), b.reshape(BN, BK).T, acc, input_precision=PRECISION)
+        b = w.load([k0, tap * C + c0])
+        acc = tl.dot(b, a.reshape(BM, BK).T, acc, input_precision=PRECISION)
     scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
-    out = acc * scale[None, :] + shift[None, :]
+    out = acc * scale[:, None] + shift[:, None]
     if residual is not None:
-        out += residual.load([n0, p0, q0, k0]).reshape(BM, BN).to(tl.float32)
+        out += residual.load([n0, p0, q0, k0]).reshape(BM, BN).T.to(tl.float32)
     if RELU:
         out = relu(out)
-    y.store([n0, p0, q0, k0], out.to(y.dtype).reshape(TN, TH, TW, BN))
+    y.store([n0, p0, q0, k0], out.to(y.dtype).T.reshape(TN, TH, TW, BN))
 
 
 def launch_conv_tma(
@@ -69,7 +73,8 @@ def launch_conv_tma(
     Args:
         x: ``[N,H,W,C]``, channels dense, other strides multiples of 16 bytes; for stride 2 also pixel-dense rows,
             even H and W, and C a multiple of ``config.bk``.
-        w: ``[K,R,S,C]`` dense.
+        w: ``[K,R,S,C]`` dense. Where ``config.bk`` does not divide C, a chunk reaches into the next tap's weights and
+            meets zeros of x there.
         y, operands.residual: ``[N,P,Q,K]``, channels dense, other strides multiples of 16 bytes.
     """
     box, bn, bk = list(config.box), config.bn, config.bk
@@ -80,7 +85,7 @@ def launch_conv_tma(
         image, row, pixel, _ = x.stride()
         halves = [shape.n, shape.h // 2, 2, shape.w // 2, 2 * shape.c]
         x_box = TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
-    w_box = TensorDescriptor.from_tensor(w.flatten(1, 2), [bn, 1, bk])
+    w_box = TensorDescriptor.from_tensor(w.flatten(1), [bn, bk])
     y_box = TensorDescriptor.from_tensor(y, [*box, bn])
     residual = operands.residual
     r_box = None if residual is None else TensorDescriptor.from_tensor(residual, [*box, bn])

@@ -45,13 +45,13 @@ def conv_pointer(
         inside = (h >= 0) & (h < H) & (v >= 0) & (v < W)
         # masked lanes must still point into the tensor: pipelined copies read their address unpredicated
         pixel = image + tl.where(inside, (h * W + v) * C, 0)
-        channel = tl.minimum(c, C - 1)
-        a = tl.load(x + pixel[:, None] + channel[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
-        b = tl.load(
-            w + filters[:, None] + (tap * C + channel)[None, :],
-            mask=(k < K)[:, None] & (c < C)[None, :],
-            other=0.0,
-        )
+        if C % BK == 0:  # clamped channels would no longer be known to be consecutive: no wide, pipelined copies
+            a = tl.load(x + pixel[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+            b = tl.load(w + filters[:, None] + (tap * C + c)[None, :])
+        else:
+            channel = tl.minimum(c, C - 1)
+            a = tl.load(x + pixel[:, None] + channel[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
+            b = tl.load(w + filters[:, None] + (tap * C + channel)[None, :], mask=(c < C)[None, :], other=0.0)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     scale, shift = bn_scale_shift(k, K, bias, gamma, beta, mean, var, eps)
     out = acc * scale[None, :] + shift[None, :]

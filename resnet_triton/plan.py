@@ -13,7 +13,7 @@ import torch
 
 from . import cost, tuning
 from .devices import Target
-from .kernels.config import ConvConfig, Epilogue, heuristic, runs_on
+from .kernels.config import ConvConfig, Epilogue, alternatives, runs_on
 from .kernels.geometry import ConvShape
 
 logger = logging.getLogger("resnet_triton")
@@ -132,7 +132,8 @@ def choose_conv(
     if backend == "triton" and reason:
         raise RuntimeError(f"use_backend('triton') cannot run {shape}: {reason}. Use use_backend('auto').")
     if backend == "triton" and not target.is_cuda:
-        return Choice(*_own(shape, dtype, target), "use_backend('triton') in the interpreter")
+        config = _own(shape, epilogue, dtype, precision, target)
+        return Choice(config.kernel, config, "use_backend('triton') in the interpreter")
     if not target.is_cuda:
         return _choose_cpu(epilogue, dtype, backend)
     if reason:  # such as fp64, for which the target has no rate
@@ -147,14 +148,14 @@ def choose_conv(
         if backend == "triton" or entry.us <= entry.library_us:
             return Choice(entry.config.kernel, entry.config, text, None, entry.us)
         return Choice(library, None, text, None, entry.library_us)
-    kernel, config = _own(shape, dtype, target)
+    config = _own(shape, epilogue, dtype, precision, target)
     ours = cost.predict(shape, epilogue, config, dtype, precision, target)
     text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {theirs:.1f} us by {library}"
     if backend == "triton":
-        return Choice(kernel, config, f"use_backend('triton'); {text}", ours.us)
+        return Choice(config.kernel, config, f"use_backend('triton'); {text}", ours.us)
     if ours.us <= CLEAR_WIN * theirs:
         warn_unmeasured(target.name)
-        return Choice(kernel, config, text, ours.us)
+        return Choice(config.kernel, config, text, ours.us)
     return Choice(library, None, text, theirs)
 
 
@@ -183,9 +184,15 @@ def choose_head(n: int, c: int, k: int, dtype: torch.dtype, target: Target, back
     return replace(choice, config=head_config(n, c, k, dtype.itemsize, target.tma))
 
 
-def _own(shape: ConvShape, dtype: torch.dtype, target: Target) -> tuple[str, ConvConfig]:
-    config = heuristic(shape, dtype.itemsize, target.tma)
-    return config.kernel, config
+def _own(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target) -> ConvConfig:
+    """The configuration of this package's kernel: of those that fit, the one that is predicted fastest."""
+    configs = alternatives(shape, dtype.itemsize, target.tma)
+    if target.sm >= 100:  # 128x128 tiles of four warps spill there, without tensor cores any wider than 32
+        widest = 32 if dtype == torch.float32 and precision == "ieee" else 128
+        configs = [replace(config, warps=8, bn=min(config.bn, widest)) for config in configs]
+    if not target.is_cuda:
+        return configs[0]
+    return min(configs, key=lambda config: cost.predict(shape, epilogue, config, dtype, precision, target).us)
 
 
 def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, backend: str) -> Choice:
