@@ -1,0 +1,268 @@
+"""``plan``: what runs where, and the reason that is given. No GPU: plans are made for device names."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from resnet_triton import plan, tuning
+from resnet_triton.backend import BACKENDS
+from resnet_triton.devices import Target, known_devices, target_of
+from resnet_triton.kernels.config import ConvConfig, Epilogue, runs_on
+from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.plan import choose_conv, choose_head, choose_stem, choose_step
+from resnet_triton.shapes import resnet_convs
+from resnet_triton.tuning import Entry
+
+H200, A100 = target_of("NVIDIA H200"), target_of("NVIDIA A100-SXM4-80GB")
+VOLTA = replace(A100, name="Tesla V100", sm=70)
+CPU, INTERPRETER = target_of("cpu"), Target("interpreter")
+SHAPE = ConvShape(256, 56, 56, 64, 256)
+FULL, PLAIN = Epilogue(bn=True, residual=True, relu=True), Epilogue()
+CONFIG = ConvConfig("conv1x1", (1, 1, 128), 64, 64)
+
+
+@pytest.fixture(autouse=True)
+def entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Entry | None]:
+    """What the store of measurements answers, instead of files."""
+    answer: dict[str, Entry | None] = {"entry": None}
+    monkeypatch.setattr(tuning, "lookup", lambda *arguments: answer["entry"])
+    choose_conv.cache_clear()
+    plan.warn_unmeasured.cache_clear()
+    yield answer
+    choose_conv.cache_clear()
+    plan.warn_unmeasured.cache_clear()
+
+
+def choose(shape=SHAPE, epilogue=FULL, dtype=torch.half, target=H200, backend="auto", precision="tf32"):
+    return choose_conv(shape, epilogue, dtype, precision, target, backend)
+
+
+def entry(us: float, library_us: float, config: ConvConfig = CONFIG) -> Entry:
+    return Entry(SHAPE, "float16", True, config, us, library_us)
+
+
+# Where kernels cannot run
+
+REFUSALS = [
+    (CPU, torch.float32, r"kernels need a CUDA tensor, or TRITON_INTERPRET=1; the tensors are on cpu"),
+    (Target("meta"), torch.float32, r"kernels need a CUDA tensor, or TRITON_INTERPRET=1; the tensors are on meta"),
+    (VOLTA, torch.half, r"Tesla V100 is sm_70; kernels need sm_80 or later"),
+    (H200, torch.float64, r"torch.float64 is not one of float32, float16, bfloat16"),
+    (INTERPRETER, torch.float64, r"torch.float64 is not one of float32, float16, bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "reason"), REFUSALS)
+def test_the_triton_backend_says_why_not_and_the_way_out(target: Target, dtype: torch.dtype, reason: str) -> None:
+    message = rf"use_backend\('triton'\) cannot run .*{reason}\. Use use_backend\('auto'\)\."
+    with pytest.raises(RuntimeError, match=message.replace(".*", "1x1/1 256x56x56x64->256: ", 1)):
+        choose(target=target, dtype=dtype, backend="triton")
+    with pytest.raises(RuntimeError, match=message.replace(".*", "max_pool: ", 1)):
+        choose_step("max_pool", target, dtype, "triton")
+
+
+@pytest.mark.parametrize(("target", "dtype", "reason"), REFUSALS[2:4])
+def test_on_a_gpu_the_library_serves_and_the_plan_says_why(target: Target, dtype: torch.dtype, reason: str) -> None:
+    for choice in (choose(target=target, dtype=dtype), choose_step("add_relu", target, dtype, "auto")):
+        assert choice.realisation == "cudnn" and not choice.fused and choice.config is None
+        assert reason in choice.reason
+
+
+def test_without_triton_the_library_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "triton_importable", lambda: False)
+    assert choose().reason == "triton is not installed"
+    assert not choose().fused
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        choose(backend="triton")
+
+
+def test_a_broken_triton_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)  # import raises ImportError
+    plan.triton_importable.cache_clear()
+    assert not plan.triton_importable()
+    monkeypatch.undo()
+    plan.triton_importable.cache_clear()
+
+
+# The CPU
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "dtype", "backend", "realisation", "reason"),
+    [
+        (FULL, torch.float32, "auto", "aten", r"fold\(model\)"),
+        (FULL, torch.float32, "cudnn", "aten", r"not folded"),
+        (Epilogue(bias=True, residual=True, relu=True), torch.float32, "auto", "onednn", r"oneDNN post-ops"),
+        (PLAIN, torch.bfloat16, "auto", "onednn", r"oneDNN post-ops"),
+        (PLAIN, torch.float32, "cudnn", "aten", r"use_backend\('cudnn'\)"),
+        (PLAIN, torch.float64, "auto", "aten", r"oneDNN does not fuse torch.float64"),
+        (PLAIN, torch.half, "auto", "aten", r"oneDNN does not fuse torch.float16"),
+    ],
+)
+def test_the_cpu(
+    epilogue: Epilogue, dtype: torch.dtype, backend: str, realisation: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "onednn_fuses", lambda: True)
+    choice = choose(epilogue=epilogue, dtype=dtype, target=CPU, backend=backend)
+    assert choice.realisation == realisation and not choice.fused
+    assert re.search(reason, choice.reason)
+    assert choice.predicted_us is None and choice.measured_us is None
+
+
+def test_the_interpreter_runs_every_shape_with_its_heuristic() -> None:
+    for site in resnet_convs(50, 2):
+        choice = choose(site.shape, site.epilogue, target=INTERPRETER, backend="triton")
+        assert choice.fused and runs_on(choice.tiling, site.shape, 2)
+        assert choice.realisation == choice.tiling.kernel
+        assert choice.predicted_us is None
+
+
+# Measured
+
+
+def test_a_faster_kernel_runs(entries) -> None:
+    entries["entry"] = entry(50.0, 80.0)
+    choice = choose()
+    assert (choice.realisation, choice.config, choice.measured_us, choice.predicted_us) == (
+        "conv1x1",
+        CONFIG,
+        50.0,
+        None,
+    )
+    assert choice.reason == "measured 50.0 us against 80.0 us by cudnn"
+
+
+def test_a_slower_kernel_does_not(entries) -> None:
+    entries["entry"] = entry(80.1, 80.0)
+    choice = choose()
+    assert (choice.realisation, choice.config, choice.measured_us) == ("cudnn", None, 80.0)
+    assert choice.reason == "measured 80.1 us against 80.0 us by cudnn"
+
+
+def test_a_slower_kernel_runs_if_asked_for(entries) -> None:
+    entries["entry"] = entry(90.0, 80.0)
+    assert choose(backend="triton").config == CONFIG
+    assert not choose(backend="cudnn").fused
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        (ConvConfig("conv_tma", (2, 8, 8), 512, 64), H200),  # a box of 512 channels
+        (ConvConfig("conv1x1", (1, 1, 128), 64, 64), A100),  # tensor maps on a GPU without
+    ],
+)
+def test_a_measurement_of_a_kernel_that_cannot_run_is_not_believed(config: ConvConfig, target: Target, entries) -> None:
+    entries["entry"] = entry(1.0, 80.0, config)
+    for backend in BACKENDS:
+        choice = choose(target=target, backend=backend)
+        assert choice.measured_us is None and choice.config != config
+
+
+def test_a_measurement_of_the_pointer_kernel_holds_without_tma(entries) -> None:
+    entries["entry"] = entry(50.0, 80.0, ConvConfig("conv_pointer", (1, 1, 128), 64, 64))
+    assert choose(target=A100).measured_us == 50.0
+
+
+# Unmeasured
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "resnet_triton" and r.levelno == logging.WARNING]
+
+
+def test_a_clear_win_runs_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A memory-bound 1x1 with everything fused: seven passes saved."""
+    choice = choose()
+    assert choice.realisation == "conv1x1" and choice.predicted_us and choice.measured_us is None
+    assert choice.reason.startswith("unmeasured; predicted ") and "by cudnn" in choice.reason
+    choose(replace(SHAPE, n=128))
+    (text,) = warned(caplog)
+    assert "NVIDIA H200" in text and "bench/gpu_suite.py" in text
+
+
+def test_no_clear_win_leaves_it_to_the_library(caplog: pytest.LogCaptureFixture) -> None:
+    choice = choose(ConvShape(256, 14, 14, 1024, 1024, 3, 3, 1, 1), PLAIN)
+    assert choice.realisation == "cudnn" and choice.config is None
+    assert choice.reason.startswith("unmeasured; predicted ")
+    assert not warned(caplog)
+
+
+def test_the_margin_is_the_documented_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose()
+    library_us = choose(backend="cudnn").predicted_us
+    share = choice.predicted_us / library_us
+    assert share <= plan.CLEAR_WIN
+    monkeypatch.setattr(plan, "CLEAR_WIN", share * 0.999)
+    choose_conv.cache_clear()
+    assert choose().realisation == "cudnn"
+    monkeypatch.setattr(plan, "CLEAR_WIN", share * 1.001)
+    choose_conv.cache_clear()
+    assert choose().fused
+
+
+@pytest.mark.parametrize("name", known_devices())
+@pytest.mark.parametrize("dtype", plan.KERNEL_DTYPES, ids=str)
+def test_every_layer_has_a_plan_on_every_device(name: str, dtype: torch.dtype) -> None:
+    target = target_of(name)
+    for site in resnet_convs(50, 32):
+        forced = choose(site.shape, site.epilogue, dtype, target, "triton")
+        assert forced.fused and runs_on(forced.tiling, site.shape, dtype.itemsize)
+        assert target.tma or forced.realisation == "conv_pointer"
+        assert not choose(site.shape, site.epilogue, dtype, target, "cudnn").fused
+        free = choose(site.shape, site.epilogue, dtype, target)
+        assert free.predicted_us and free.reason
+        if free.fused:
+            assert free.predicted_us == forced.predicted_us
+
+
+# Steps that only move bytes
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "fused"), [((10**8, 1), (3 * 10**8, 3), True), ((10**8, 1), (10**8, 1), False)]
+)
+def test_a_step_runs_where_it_clearly_saves_bytes(ours, theirs, fused: bool) -> None:
+    choice = choose_step("max_pool", H200, torch.half, "auto", ours, theirs)
+    assert choice.fused is fused
+    assert choice.realisation == ("max_pool" if fused else "cudnn")
+    assert choice.reason.startswith("unmeasured; predicted")
+    assert choose_step("max_pool", H200, torch.half, "triton", ours, theirs).realisation == "max_pool"
+    assert choose_step("max_pool", H200, torch.half, "cudnn", ours, theirs).realisation == "cudnn"
+
+
+def test_steps_on_the_cpu() -> None:
+    choice = choose_step("max_pool", CPU, torch.float32, "auto")
+    assert choice.realisation == "aten" and "need a CUDA tensor" in choice.reason and choice.predicted_us is None
+
+
+def test_stem_and_head_carry_a_tiling_only_where_kernels_run() -> None:
+    shape = ConvShape(256, 224, 224, 3, 64, 7, 7, 2, 3)
+    stem = choose_stem(shape, Epilogue(bn=True, relu=True), torch.half, H200, "triton")
+    head = choose_head(256, 2048, 1000, torch.half, H200, "triton")
+    assert (stem.realisation, head.realisation) == ("stem", "head")
+    assert stem.tiling.kernel == "conv_tma" and head.tiling.kernel == "conv1x1"
+    for choice in (
+        choose_stem(shape, Epilogue(bn=True, relu=True), torch.half, H200, "cudnn"),
+        choose_head(256, 2048, 1000, torch.half, H200, "cudnn"),
+    ):
+        assert choice.config is None
+        with pytest.raises(AssertionError, match="cudnn has no configuration"):
+            _ = choice.tiling
+    old = choose_stem(shape, Epilogue(bn=True, relu=True), torch.half, A100, "triton")
+    assert old.tiling.kernel == "conv_pointer"
+
+
+def test_a_head_of_ten_classes_is_gathered() -> None:
+    """Rows of 20 bytes are no multiple of 16."""
+    assert choose_head(256, 2048, 10, torch.half, H200, "triton").tiling.kernel == "conv_pointer"
+
+
+def test_choices_are_cached() -> None:
+    assert choose() is choose()
