@@ -132,8 +132,8 @@ def alternatives(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]
 
     Four warps for a 128x128 or 256x64 tile rather than eight: each warp then owns twice the rows, so the main loop's
     scalar instructions, which every warp issues, are shared by twice the tensor-core work. A tile of 256x128 reads a
-    quarter less through L2. In fp32 eight warps, because without tensor cores (``precision="ieee"``) four spill, and
-    ``conv_tma`` for pointwise convolutions too, because ``conv1x1`` spills there with most tiles.
+    quarter less through L2. Exact fp32 (no TF32) has no tensor core to feed: plan it with ``tma=False``, because the
+    TMA kernels spill there and the pointer kernel does not.
     """
     bn = min(128, max(16, next_power_of_two(shape.k)))
     deep = 128 // itemsize  # channels in the widest row that one swizzled shared-memory line holds
@@ -148,13 +148,12 @@ def alternatives(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]
     while bm > 64 and cdiv(shape.m, bm) * cdiv(shape.k, bn) < FEW_TILES:
         bm //= 2
     wide = itemsize < 4 and bm * bn == 128 * 128 and cdiv(shape.m, 256) * cdiv(shape.k, bn) >= FEW_TILES
-    if shape.pointwise and itemsize < 4:
+    if shape.pointwise:
         # a reduction to fewer channels never has a residual in a ResNet, and its long loop hides the epilogue
         persistent = (2 if bn <= 64 else 1) if shape.c > shape.k else 0
         return [ConvConfig("conv1x1", (1, 1, min(bm, 128)), bn, bk, persistent=persistent)]
-    warps = 8 if itemsize == 4 and bm * bn > 64 * 128 else 4
     stages = 2 if bm == 256 else 3  # leaves room for a second program on the multiprocessor
-    configs = [ConvConfig("conv_tma", least_waste_box(shape, bm), bn, bk, warps, stages)]
+    configs = [ConvConfig("conv_tma", least_waste_box(shape, bm), bn, bk, 4, stages)]
     if wide:
         configs.append(ConvConfig("conv_tma", least_waste_box(shape, 256), bn, bk, 8))
     return configs

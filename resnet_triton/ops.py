@@ -396,7 +396,8 @@ def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target)
     shape = ConvShape(n, h, w, 3, k, 7, 7, 2, 3)
     epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, False, True)
     dtype, size = weight.dtype, weight.element_size()
-    choice = plan.choose_stem(shape, epilogue, dtype, target, backend.current_backend())
+    precision = backend.dot_precision(dtype)
+    choice = plan.choose_stem(shape, epilogue, dtype, target, backend.current_backend(), precision)
 
     def launch() -> None:
         from .kernels import stem as kernels
@@ -409,9 +410,7 @@ def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target)
         packed = torch.empty((k, 4, 4, 16), dtype=dtype, device=x.device)
         kernels.launch_pack_stem_weight(weight, packed)
         operands = Operands(None, *dense_vectors(vectors), eps=eps, relu=True)
-        kernels.launch_stem_conv(
-            xs, packed, y.permute(0, 2, 3, 1), operands, choice.tiling, backend.dot_precision(dtype)
-        )
+        kernels.launch_stem_conv(xs, packed, y.permute(0, 2, 3, 1), operands, choice.tiling, precision)
 
     def eager() -> Tensor:
         image = channels_last(reference.normalise(x, norm_mean, norm_std, dtype))

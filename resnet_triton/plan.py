@@ -159,7 +159,9 @@ def choose_conv(
     return Choice(library, None, text, theirs)
 
 
-def choose_stem(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, target: Target, backend: str) -> Choice:
+def choose_stem(
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, target: Target, backend: str, precision: str = "tf32"
+) -> Choice:
     """Chooses how the 7x7/2 stem convolution runs: space-to-depth pass and 4x4 convolution, or the library."""
     size = dtype.itemsize
     passes = 1 + epilogue.bn + epilogue.relu
@@ -169,7 +171,8 @@ def choose_stem(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, target
         return choice
     from .kernels.stem import stem_config
 
-    config = stem_config(shape.n, shape.p, shape.q, shape.k, size, target.tma)
+    tma = target.tma and tensor_cores(dtype, precision)
+    config = stem_config(shape.n, shape.p, shape.q, shape.k, size, tma)
     return replace(choice, config=config)
 
 
@@ -184,11 +187,16 @@ def choose_head(n: int, c: int, k: int, dtype: torch.dtype, target: Target, back
     return replace(choice, config=head_config(n, c, k, dtype.itemsize, target.tma))
 
 
+def tensor_cores(dtype: torch.dtype, precision: str) -> bool:
+    """Whether a product of this dtype runs on tensor cores: everything but exact fp32."""
+    return dtype != torch.float32 or precision != "ieee"
+
+
 def _own(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target) -> ConvConfig:
     """The configuration of this package's kernel: of those that fit, the one that is predicted fastest."""
-    configs = alternatives(shape, dtype.itemsize, target.tma)
+    configs = alternatives(shape, dtype.itemsize, target.tma and tensor_cores(dtype, precision))
     if target.sm >= 100:  # 128x128 tiles of four warps spill there, without tensor cores any wider than 32
-        widest = 32 if dtype == torch.float32 and precision == "ieee" else 128
+        widest = 128 if tensor_cores(dtype, precision) else 32
         configs = [replace(config, warps=8, bn=min(config.bn, widest)) for config in configs]
     if not target.is_cuda:
         return configs[0]

@@ -266,3 +266,10 @@ def test_a_head_of_ten_classes_is_gathered() -> None:
 
 def test_choices_are_cached() -> None:
     assert choose() is choose()
+
+
+@pytest.mark.parametrize("shape", [SHAPE, ConvShape(32, 28, 28, 128, 128, 3, 3, 1, 1)])
+def test_exact_fp32_has_no_tensor_core_to_feed_by_tma(shape: ConvShape) -> None:
+    exact = choose(shape, dtype=torch.float32, backend="triton", precision="ieee")
+    assert exact.realisation == "conv_pointer"
+    assert choose(shape, dtype=torch.float32, backend="triton", precision="tf32").realisation != "conv_pointer"

@@ -1,0 +1,437 @@
+"""Which programs are shipped, whether their machine code is good, and the table of it.
+
+    python -m resnet_triton.aot                 a table on the terminal
+    python -m resnet_triton.aot --markdown      the same for docs/codegen.md
+    python -m resnet_triton.aot --golden        rewrites tests/codegen/golden.json
+
+Compiling and measuring is in ``codegen``. None of this needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from . import plan
+from .codegen import (
+    DEVICES,
+    SHARED_LIMIT,
+    Case,
+    Launch,
+    Metrics,
+    Use,
+    compile_case,
+    measure,
+    planned_for,
+    specialization,
+    trace,
+)
+from .devices import Target, known_devices
+from .kernels.config import ConvConfig, Epilogue
+from .kernels.epilogue import Operands
+from .kernels.geometry import ConvShape
+from .shapes import BLOCKS, BN_ADD_RELU, BN_RELU, CLASSES, ConvSite, features, resnet_convs, stem_conv
+
+__all__ = ["Case", "Metrics", "cases", "compile_case", "measure", "problems", "regressions"]
+
+DEPTHS, BATCHES, SIZE = tuple(BLOCKS), (1, 32, 256), 224
+#: Dtype, and how fp32 products are formed.
+NUMERICS = (
+    (torch.bfloat16, "tf32"),
+    (torch.float16, "tf32"),
+    (torch.float32, "tf32"),
+    (torch.float32, "ieee"),
+)
+ARCHITECTURES = (90, 80, 100)
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codegen" / "golden.json"
+
+
+def cases(sm: int = 90, limit: int | None = None) -> list[Case]:
+    """Every case of an architecture.
+
+    sm_90: whatever the plan for an H200 picks for each layer of ResNet-18 to 152 at 224 px and batch 1, 32 and 256 in
+    bf16, with the layer's own epilogue (batch normalisation in fp32, as under autocast), and each kernel in fp16,
+    TF32 and exact fp32. Others: each kernel once in each of these. Layers that need the same program are one case.
+
+    Args:
+        sm: 80, 90 or 100.
+        limit: stop after so many cases.
+
+    Raises:
+        ValueError: for another architecture.
+    """
+    if sm not in SHARED_LIMIT:
+        raise ValueError(f"sm={sm} is not checked; allowed: {', '.join(map(str, SHARED_LIMIT))}")
+    found: dict[str, Case] = {}
+    for case in _candidates(sm):
+        if case.name in found:
+            same = found[case.name]
+            found[case.name] = replace(same, uses=(*same.uses, *(use for use in case.uses if use not in same.uses)))
+        elif limit is None or len(found) < limit:
+            found[case.name] = case
+    return list(found.values())
+
+
+def _candidates(sm: int) -> Iterator[Case]:
+    target = planned_for(sm) or replace(known_devices()["NVIDIA H200"], name=f"sm_{sm}", sm=sm)
+    if sm == 90:
+        yield from _networks(_Kernels(target, torch.bfloat16, "tf32"))
+    for dtype, precision in NUMERICS:
+        seen = set()
+        for case in _samples(_Kernels(target, dtype, precision)):
+            if sm == 90 or case.kernel not in seen:
+                seen.add(case.kernel)
+                yield case
+
+
+def _networks(kernels: _Kernels) -> Iterator[Case]:
+    done = set()
+    for depth in DEPTHS:
+        for batch in BATCHES:
+            for site in resnet_convs(depth, batch, SIZE):
+                if site[1:] not in done:
+                    done.add(site[1:])
+                    yield from kernels.conv(site, f"resnet{depth} {site.name} batch {batch}")
+    for batch in BATCHES:
+        yield from kernels.stem(batch)
+        yield from kernels.max_pool(batch)
+        for c in sorted({features(depth) for depth in DEPTHS}):
+            yield from kernels.head(batch, c)
+
+
+def _samples(kernels: _Kernels) -> Iterator[Case]:
+    """Each kernel at least once."""
+    batch = 32
+    shapes = (
+        ("3x3", ConvShape(batch, 28, 28, 128, 128, 3, 3, 1, 1), BN_ADD_RELU),
+        ("3x3 stride 2", ConvShape(batch, 56, 56, 128, 128, 3, 3, 2, 1), BN_RELU),
+        ("1x1", ConvShape(batch, 14, 14, 256, 1024), BN_ADD_RELU),
+        ("odd 3x3 stride 2", ConvShape(batch, 57, 57, 128, 128, 3, 3, 2, 1), BN_RELU),
+    )
+    for label, shape, epilogue in shapes:
+        yield from kernels.conv(ConvSite(label, shape, epilogue), f"{label} batch {batch}")
+    yield from kernels.head(batch, features(50))
+    yield from kernels.stem(batch)
+    if kernels.precision == "tf32":  # the rest has no products
+        yield from kernels.max_pool(batch)
+        yield from kernels.add_relu(batch)
+        yield from kernels.fold_bn()
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _operands(epilogue: Epilogue, k: int, residual: Tensor) -> Operands:
+    bias = _meta(k) if epilogue.bias else None
+    gamma, beta, mean, var = (_meta(k) if epilogue.bn else None for _ in range(4))
+    return Operands(residual if epilogue.residual else None, bias, gamma, beta, mean, var, 1e-5, epilogue.relu)
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Makes the cases of each op, for one device, dtype and precision."""
+
+    target: Target
+    dtype: torch.dtype
+    precision: str
+
+    def conv(self, site: ConvSite, label: str) -> Iterator[Case]:
+        from .kernels.dispatch import launch_conv
+
+        _, shape, epilogue = site
+        config = plan.choose_conv(shape, epilogue, self.dtype, self.precision, self.target, "triton").config
+        assert config is not None
+        x = _meta(shape.n, shape.h, shape.w, shape.c, dtype=self.dtype)
+        w = _meta(shape.k, shape.r, shape.s, shape.c, dtype=self.dtype)
+        y = _meta(shape.n, shape.p, shape.q, shape.k, dtype=self.dtype)
+        operands = _operands(epilogue, shape.k, torch.empty_like(y))
+        moved = shape.bytes_moved(self.dtype.itemsize, epilogue.residual)
+        for launch in self._trace(lambda: launch_conv(x, w, y, shape, operands, config, self.precision)):
+            yield self._case(launch, label, moved, y.numel(), shape, config, epilogue)
+
+    def stem(self, batch: int) -> Iterator[Case]:
+        """Rearranging an image (of the model's dtype, or bytes), packing the weight, the convolution on cells."""
+        from .kernels import stem
+
+        _, shape, epilogue = stem_conv(batch, SIZE)
+        config = plan.choose_stem(shape, epilogue, self.dtype, self.target, "triton", self.precision).config
+        assert config is not None
+        pairs = config.kernel == "conv_tma"
+        hs, ws = stem.stem_cells(shape.h, shape.w, pairs)
+        xs = _meta(batch, hs, ws, stem.CELL_CHANNELS, dtype=self.dtype)
+        packed = _meta(shape.k, 4, 4, stem.CELL_CHANNELS, dtype=self.dtype)
+        w = _meta(shape.k, 3, 7, 7, dtype=self.dtype)
+        y = _meta(batch, shape.p, shape.q, shape.k, dtype=self.dtype)
+        operands = _operands(epilogue, shape.k, y)
+        planar = _meta(batch, 3, shape.h, shape.w, dtype=self.dtype)
+        decoded = _meta(batch, shape.h, shape.w, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        label = f"stem batch {batch}"
+
+        def rearrange() -> None:
+            stem.launch_space_to_depth(planar, xs)
+            stem.launch_space_to_depth(decoded, xs, _meta(3), _meta(3))
+
+        if self.precision == "tf32":  # these have no products
+            for launch, image in zip(self._trace(rearrange), (planar, decoded), strict=True):
+                yield self._case(launch, label, image.nbytes + xs.nbytes, xs.numel())
+            for launch in self._trace(lambda: stem.launch_pack_stem_weight(w, packed)):
+                yield self._case(launch, label, w.nbytes + packed.nbytes, packed.numel())
+        cells = ConvShape(batch, hs, ws, stem.CELL_CHANNELS, shape.k, 4, 4)
+        if pairs:
+            cells = ConvShape(batch, hs, shape.q // 2 + 1, 2 * stem.CELL_CHANNELS, shape.k, 4, 2)
+        moved = cells.bytes_moved(self.dtype.itemsize)
+        for launch in self._trace(lambda: stem.launch_stem_conv(xs, packed, y, operands, config, self.precision)):
+            yield self._case(launch, label, moved, cells.m * cells.k, cells, config, epilogue)
+
+    def head(self, batch: int, c: int) -> Iterator[Case]:
+        """Global average pool and fully connected layer."""
+        from .kernels.head import launch_head
+
+        config = plan.choose_head(batch, c, CLASSES, self.dtype, self.target, "triton").config
+        assert config is not None
+        x, pooled = _meta(batch, 7, 7, c, dtype=self.dtype), _meta(batch, c, dtype=self.dtype)
+        w, bias = _meta(CLASSES, c, dtype=self.dtype), _meta(CLASSES, dtype=self.dtype)
+        logits = _meta(batch, CLASSES, dtype=self.dtype)
+        shape = ConvShape(batch, 1, 1, c, CLASSES)
+        label = f"head {c} batch {batch}"
+        for launch in self._trace(lambda: launch_head(x, w, bias, pooled, logits, config, self.precision)):
+            if launch.kernel.__name__ == config.kernel:
+                moved = shape.bytes_moved(self.dtype.itemsize)
+                yield self._case(launch, label, moved, logits.numel(), shape, config, Epilogue(bias=True))
+            elif self.precision == "tf32":
+                yield self._case(launch, label, x.nbytes + pooled.nbytes, pooled.numel())
+
+    def max_pool(self, batch: int) -> Iterator[Case]:
+        from .kernels.pool import launch_max_pool
+
+        x, y = _meta(batch, 112, 112, 64, dtype=self.dtype), _meta(batch, 56, 56, 64, dtype=self.dtype)
+        for launch in self._trace(lambda: launch_max_pool(x, y)):
+            yield self._case(launch, f"max pool batch {batch}", x.nbytes + y.nbytes, y.numel())
+
+    def add_relu(self, batch: int) -> Iterator[Case]:
+        from .kernels.add_relu import launch_add_relu
+
+        x = _meta(batch, 56, 56, 256, dtype=self.dtype)
+        for launch in self._trace(lambda: launch_add_relu(x, x, x)):
+            yield self._case(launch, f"add and ReLU batch {batch}", 3 * x.nbytes, x.numel())
+
+    def fold_bn(self) -> Iterator[Case]:
+        from .kernels.batch_norm import launch_fold_bn
+
+        w, v = _meta(512, 3, 3, 512, dtype=self.dtype), _meta(512, dtype=self.dtype)
+        for launch in self._trace(lambda: launch_fold_bn(w, None, v, v, v, v, 1e-5, w, v)):
+            yield self._case(launch, "fold 3x3 512->512", 2 * w.nbytes, w.numel())
+
+    def _trace(self, launcher: Callable[[], object]) -> list[Launch]:
+        return trace(launcher, self.target.multiprocessors)
+
+    def _case(
+        self,
+        launch: Launch,
+        label: str,
+        moved: int,
+        outputs: int,
+        shape: ConvShape | None = None,
+        config: ConvConfig | None = None,
+        epilogue: Epilogue | None = None,
+    ) -> Case:
+        use = Use(label, launch.grid[0], moved, outputs, shape)
+        name = _name(launch, self.target.sm, self.precision, config, epilogue)
+        kernel = launch.kernel.__name__
+        return Case(name, kernel, self.target.sm, self.dtype, self.precision, config, epilogue, (use,), launch)
+
+
+#: Constants that the configuration's and the epilogue's own text already say.
+_SAID = {"TN", "TH", "TW", "BM", "BN", "BK", "RELU", "PRECISION"}
+
+
+def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, epilogue: Epilogue | None) -> str:
+    """Everything that the machine code depends on: types, constants, and which integers are multiples of 16."""
+    constants, types, hints = [], [], []
+    for name, (kind, value) in zip(launch.kernel.arg_names, specialization(launch, sm), strict=True):
+        if kind == "constexpr":
+            if value is not None and not (config and name in _SAID):
+                constants += [name] * value if isinstance(value, bool) else [f"{name}{value}"]
+        elif kind[0] == "*" or kind.startswith("tensordesc"):
+            types.append(kind.removeprefix("*").removeprefix("tensordesc<").split("[")[0])
+            if kind[0] == "*" and value != "D":
+                hints.append(f"{name}%1")
+        elif value == "D":
+            hints.append(f"{name}%16")
+    tiling = str(config).replace(" ", "_") if config else f"w{launch.kwargs.get('num_warps', 4)}"
+    exact = precision if config and types[0] == "fp32" else ""
+    kinds = ",".join(dict.fromkeys(types))
+    parts = (f"sm{sm}", launch.kernel.__name__, kinds, exact, tiling, "_".join(constants), str(epilogue or ""))
+    return "-".join(part for part in (*parts, "_".join(hints)) if part)
+
+
+# Checks and reports
+
+PRESSURE_BOUND = 0.7  # of TMA kernels whose tile needs the tensor cores longer than device memory
+ROOF_BOUND = 1.0  # of all
+#: Changes of the golden figures that are noise: registers, and the share of the issue figures.
+REGISTER_TOLERANCE, ISSUE_TOLERANCE = 8, 0.05
+
+
+def problems(case: Case, metrics: Metrics) -> list[str]:
+    """What is wrong with a case, in words; empty if nothing is."""
+    found = []
+    if metrics.spill_bytes or metrics.local_accesses:
+        found.append(f"spills {metrics.spill_bytes} bytes ({metrics.local_accesses} accesses to local memory)")
+    if metrics.shared_bytes > SHARED_LIMIT[case.sm]:
+        found.append(f"needs {metrics.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[case.sm]}")
+    if case.kernel in ("conv_tma", "conv1x1") and not (metrics.tma_loads and metrics.tma_stores):
+        found.append("loads or stores without TMA")
+    if case.config and not case.tensor_cores:  # its multiply-adds alone fill the issue slots
+        return found if metrics.ffma else [*found, "has no FFMA"]
+    if case.config and not compile_case(case).listing.count(_expected_opcode(case)):
+        found.append(f"has no {_expected_opcode(case)}")
+    if metrics.tensor_bound and case.kernel != "conv_pointer":
+        found += _beyond(metrics.pressure, PRESSURE_BOUND, "pressure")
+    return found + _beyond(metrics.issue_over_roof, ROOF_BOUND, f"issue/roof ({metrics.limit})")
+
+
+def _beyond(value: float | None, bound: float, name: str) -> list[str]:
+    return [] if value is None or value < bound else [f"{name} is {value:.2f}, the bound is {bound}"]
+
+
+def _expected_opcode(case: Case) -> str:
+    """The matrix instruction of an architecture; tiles of less than 64 rows are too small for those of a warp group."""
+    wide = case.config is not None and case.config.bm >= 64
+    return {90: "HGMMA", 100: r"UTC\w*MMA"}.get(case.sm, "HMMA") if wide else "HMMA"
+
+
+def golden_record(metrics: Metrics) -> dict[str, float]:
+    """The figures that tests/codegen/golden.json keeps of a case."""
+    issue = metrics.tile_instructions if metrics.pressure is None else metrics.pressure
+    return {"registers": metrics.registers, "issue": round(issue, 3)}
+
+
+def regressions(metrics: Metrics, golden: dict[str, float]) -> list[str]:
+    """Golden figures that got worse by more than the tolerance, in words."""
+    now, found = golden_record(metrics), []
+    if now["registers"] > golden["registers"] + REGISTER_TOLERANCE:
+        found.append(f"registers {golden['registers']} -> {now['registers']}")
+    if now["issue"] > golden["issue"] * (1 + ISSUE_TOLERANCE):
+        name = "instructions a program" if metrics.pressure is None else "pressure"
+        found.append(f"{name} {golden['issue']} -> {now['issue']}")
+    return found
+
+
+HEADER = (
+    "kernel", "dtype", "tile", "epilogue", "first layer", "layers", "registers", "spills", "shared", "programs/SM",
+    "MMA", "TMA", "step", "tile instr", "pressure", "instr/output", "limit", "issue/roof",
+)  # fmt: skip
+
+
+def row(case: Case, metrics: Metrics) -> tuple[str, ...]:
+    """A line of the table, in the order of :data:`HEADER`."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return (
+        case.kernel,
+        dtype if case.dtype != torch.float32 or case.config is None else f"{dtype} {case.precision}",
+        str(case.config or "-"),
+        str(case.epilogue or "-"),
+        case.uses[0].label,
+        str(len(case.uses)),
+        str(metrics.registers),
+        str(metrics.spill_bytes),
+        str(metrics.shared_bytes),
+        str(metrics.resident),
+        str(metrics.tensor_core or metrics.ffma),
+        f"{metrics.tma_loads}+{metrics.tma_stores}",
+        f"{metrics.step_instructions:.0f}",
+        f"{metrics.tile_instructions:.0f}",
+        "-" if metrics.pressure is None else f"{metrics.pressure:.2f}",
+        f"{metrics.per_output:.1f}",
+        metrics.limit or "-",
+        "-" if metrics.issue_over_roof is None else f"{metrics.issue_over_roof:.2f}",
+    )
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], markdown: bool) -> None:
+    if markdown:
+        for line in (HEADER, ("---",) * len(HEADER), *rows):
+            print(f"| {' | '.join(line)} |")
+        return
+    widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+    for line in (HEADER, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+PREAMBLE = """# Machine code of the shipped kernels
+
+Generated by `python -m resnet_triton.aot --markdown` with triton {triton}, without a GPU. No time here was
+measured.
+
+- *layers*: how many distinct layers of ResNet-18 to 152 (224 px, batch 1, 32, 256) run this very program; the
+  *first layer* is one of them.
+- *spills*, *shared*: bytes a thread, bytes a program. *programs/SM*: how many fit a multiprocessor.
+- *MMA*, *TMA*: matrix instructions (FFMA for exact fp32), and TMA loads + stores in the listing.
+- *step*, *tile instr*: instructions that a warp issues in one step of the reduction, and for one tile in all.
+- *pressure*: issue cycles over tensor-core cycles (over FFMA cycles for exact fp32, which cannot be below 1). The tests
+  keep it below 0.7 for TMA kernels wherever the tensor cores take longer than device memory and the launch.
+- *instr/output*: thread instructions per output element.
+- *issue/roof*: predicted issue time over the slowest other *limit* of the layer, worst layer. The tests
+  keep it below 1: there, the instructions are hidden.
+"""
+
+
+def _progress(done: int, total: int, text: str) -> None:
+    """One line on stderr, rewritten on a terminal."""
+    end = "" if sys.stderr.isatty() and done < total else "\n"
+    print(f"\r[{done}/{total}] {text:.100}".ljust(112), end=end, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns 1 if a case has problems or does not compile."""
+    parser = argparse.ArgumentParser(prog="python -m resnet_triton.aot", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sm", type=int, choices=ARCHITECTURES, action="append", help="architecture (default: all)")
+    parser.add_argument("--limit", type=int, help="at most so many programs per architecture")
+    parser.add_argument("--only", default="", help="programs whose name contains this")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--golden", nargs="?", const=GOLDEN, type=Path, help=f"write the golden file ({GOLDEN.name})")
+    options = parser.parse_args(argv)
+    if options.golden and (options.sm or options.limit or options.only):
+        parser.error("--golden keeps every case: leave --sm, --limit and --only away")
+
+    start, failed, golden = time.monotonic(), False, {}
+    if options.markdown:
+        print(PREAMBLE.format(triton=triton.__version__))
+    for sm in options.sm or ARCHITECTURES:
+        selected = [case for case in cases(sm, options.limit) if options.only in case.name]
+        rows, notes = [], []
+        for done, case in enumerate(selected, 1):
+            _progress(done, len(selected), case.name)
+            try:
+                metrics = measure(case)
+            except RuntimeError as error:
+                notes.append(str(error).replace("\n", " "))
+                continue
+            rows.append(row(case, metrics))
+            golden[case.name] = golden_record(metrics)
+            notes += [f"{case.name}: {problem}" for problem in problems(case, metrics)]
+        target = f", planned for {DEVICES[sm]}" if sm in DEVICES else ""
+        print(f"{'## ' if options.markdown else ''}sm_{sm}: {len(rows)} programs{target}\n")
+        _print_table(rows, options.markdown)
+        print("".join(f"\n{'- ' if options.markdown else ''}{note}" for note in notes))
+        failed |= bool(notes)
+    if options.golden:
+        data = {"triton": triton.__version__, "cases": golden}
+        options.golden.write_text(json.dumps(data, indent=1) + "\n")
+    print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

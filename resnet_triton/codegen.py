@@ -1,0 +1,355 @@
+"""Compiles one kernel launch ahead of time, without a GPU, and measures its machine code.
+
+The launchers themselves say what to compile: they run on meta tensors, which have sizes but no memory, while a stand-in
+for Triton's JIT notes the launch. So a case has exactly the signature, constants and divisibility hints of run time.
+
+Two numbers say whether instructions get in the way. A multiprocessor issues four instructions a cycle, so a tile needs
+``instructions * warps / 4`` issue cycles:
+
+    pressure    issue cycles / cycles of the tensor cores, for one tile, the whole kernel: every loop by its trip count
+    issue/roof  issue time / the slowest other limit of the cost model for the layer: device memory, L2, tensor
+                cores, and the launch itself
+
+Tensor-core cycles of a tile are ``steps * BM * BN * BK / MACS_PER_CYCLE``: 2048 for 16-bit operands on sm_90, half of
+that for TF32. A memory-bound layer may have a high pressure and yet lose nothing; its issue/roof tells. What a
+persistent kernel does once a program is spread evenly over the tiles of its programs. Kernels without matrix
+instructions have instructions per output element instead (thread instructions; every loop counts once).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from . import cost, sass
+from .devices import Target, known_devices
+from .kernels.config import ConvConfig, Epilogue
+from .kernels.geometry import ConvShape, cdiv
+
+#: The device each architecture is planned for.
+DEVICES = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200"}
+#: Bytes of shared memory that one program may have.
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+#: Multiply-adds of a multiprocessor in one cycle: 16-bit tensor core, and fp32 without it.
+MACS_PER_CYCLE = {80: 1024, 90: 2048, 100: 4096}
+FFMA_PER_CYCLE = {80: 64, 90: 128, 100: 128}
+REGISTERS, SHARED_PER_SM, WARPS_PER_SM = 65536, {80: 167936, 90: 233472, 100: 233472}, 64
+
+
+class Launch(NamedTuple):
+    """What a launcher handed to Triton: the kernel, its grid and its arguments."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One layer that runs a case.
+
+    Args:
+        label: the network's depth, the layer and the batch.
+        programs: of the launch.
+        bytes: through device memory.
+        outputs: elements written.
+        shape: of a convolution, else None.
+    """
+
+    label: str
+    programs: int
+    bytes: int
+    outputs: int
+    shape: ConvShape | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program to compile.
+
+    Args:
+        name: unique; says everything that the machine code depends on.
+        kernel: the kernel's name.
+        sm: architecture, 90 for sm_90.
+        dtype: of activations and weights.
+        precision: ``"tf32"`` or ``"ieee"``, which matters for fp32 alone.
+        config, epilogue: of a convolution, else None.
+        uses: the layers that run it.
+        launch: the arguments; not compared.
+    """
+
+    name: str
+    kernel: str
+    sm: int
+    dtype: torch.dtype
+    precision: str
+    config: ConvConfig | None
+    epilogue: Epilogue | None
+    uses: tuple[Use, ...]
+    launch: Launch = field(compare=False, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the reduction for one output tile; 0 for a kernel without one."""
+        shape = self.uses[0].shape
+        return shape.r * shape.s * cdiv(shape.c, self.config.bk) if shape and self.config else 0
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether its products belong on tensor cores: convolutions, but for exact fp32."""
+        return self.config is not None and (self.dtype != torch.float32 or self.precision == "tf32")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled case: its listing, bytes of shared memory that the compiler allotted, warps of a program."""
+
+    listing: sass.Listing
+    shared_bytes: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the machine code of a case looks like.
+
+    Args:
+        registers: per thread.
+        spill_bytes: local memory per thread.
+        local_accesses: loads and stores of local memory.
+        shared_bytes: per program.
+        resident: programs that fit one multiprocessor, by registers, shared memory and warps.
+        tensor_core, ffma: matrix instructions and fp32 multiply-adds in the listing.
+        tma_loads, tma_stores: instructions in the listing.
+        step_instructions: issued by one warp in one step of the reduction; 0 without a loop.
+        tile_instructions: issued by one warp for one tile in all.
+        pressure: issue cycles over tensor-core cycles; None without a reduction.
+        per_output: thread instructions per output element.
+        limit: the slowest of the other limits, for the worst use; ``""`` without a device record.
+        issue_over_roof: issue time over that limit's, for the worst use; None without a device record.
+        tensor_bound: whether some use needs the tensor cores longer than device memory and the launch. L2 is left out,
+            because its bandwidth is the least certain figure of a device record.
+    """
+
+    registers: int
+    spill_bytes: int
+    local_accesses: int
+    shared_bytes: int
+    resident: int
+    tensor_core: int
+    ffma: int
+    tma_loads: int
+    tma_stores: int
+    step_instructions: float
+    tile_instructions: float
+    pressure: float | None
+    per_output: float
+    limit: str
+    issue_over_roof: float | None
+    tensor_bound: bool
+
+
+# Tracing the launchers and compiling
+
+
+class _Device:
+    """Stands in for Triton's driver: names the architecture, has no device."""
+
+    def __init__(self, sm: int) -> None:
+        self.sm = sm
+
+    def get_current_device(self) -> str:
+        return f"sm_{self.sm} without a device"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.sm, 32)
+
+
+@contextlib.contextmanager
+def _architecture(sm: int) -> Iterator[None]:
+    """While active, Triton compiles for this architecture."""
+    previous = driver._active
+    driver.set_active(_Device(sm))
+    try:
+        yield
+    finally:
+        driver.set_active(previous)
+
+
+def trace(launcher: Callable[[], object], multiprocessors: int) -> list[Launch]:
+    """Runs a launcher on meta tensors and returns what it would have launched.
+
+    Args:
+        launcher: calls one or more ``launch_...`` functions.
+        multiprocessors: of the device to pretend.
+
+    Raises:
+        RuntimeError: the interpreter is on.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process; unset it")
+    from .kernels import conv1x1
+
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(kernel, tuple(grid), args, kwargs))
+
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(conv1x1, "multiprocessors", lambda device: multiprocessors),
+    ):
+        launcher()
+    return launches
+
+
+def specialization(launch: Launch, sm: int) -> list[tuple[str, Any]]:
+    """Type and specialised value of each argument, as the JIT sees them: what the machine code depends on."""
+    with _architecture(sm):
+        *_, binder = launch.kernel.device_caches[driver.active.get_current_device()]
+        _, special, _ = binder(*launch.args, **launch.kwargs, debug=False)
+    return special
+
+
+@functools.cache
+def compile_case(case: Case, sm: int | None = None) -> Compiled:
+    """Compiles a case for its own architecture, or for another one.
+
+    Raises:
+        RuntimeError: the compiler refuses; the message names the case.
+    """
+    try:
+        with _architecture(sm or case.sm):
+            kernel, grid, args, kwargs = case.launch
+            binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+    except Exception as error:  # the compiler raises anything from RuntimeError to its own classes
+        root: BaseException = error
+        while root.__cause__:
+            root = root.__cause__
+        raise RuntimeError(f"{case.name} does not compile for sm_{sm or case.sm}: {root}") from error
+    listing = sass.disassemble(binary.asm["cubin"])
+    return Compiled(listing, binary.metadata.shared, binary.metadata.num_warps)
+
+
+# Measuring
+
+
+def measure(case: Case, compiled: Compiled | None = None) -> Metrics:
+    """Measures a case's machine code (compiles it if it is not given)."""
+    compiled = compiled or compile_case(case)
+    listing = compiled.listing
+    mma = sass.TENSOR_CORE if case.tensor_cores else sass.FFMA
+    counted = sass.count_issued(listing, case.steps, mma, _mma_per_step(case, compiled) if case.config else None)
+    instructions = counted.per_tile(min(_tiles(case, use) / use.programs for use in case.uses))
+    first = case.uses[0]
+    cycles = _mma_cycles(case)
+    threads = 32 * compiled.warps
+    roofs = [_roofs(case, use) for use in case.uses]
+    limit, ratio = _issue_over_roof(case, compiled, counted, roofs)
+    return Metrics(
+        registers=listing.registers,
+        spill_bytes=listing.stack_bytes,
+        local_accesses=listing.count(sass.LOCAL),
+        shared_bytes=compiled.shared_bytes,
+        resident=_resident(case.sm, compiled),
+        tensor_core=listing.count(sass.TENSOR_CORE),
+        ffma=listing.count(sass.FFMA),
+        tma_loads=listing.count("UTMALDG"),
+        tma_stores=listing.count("UTMASTG"),
+        step_instructions=counted.step,
+        tile_instructions=instructions,
+        pressure=instructions * compiled.warps / 4 / cycles if cycles else None,
+        per_output=instructions * threads * _tiles(case, first) / first.outputs,
+        limit=limit,
+        issue_over_roof=ratio,
+        tensor_bound=any(roof.get("tensor", 0) > max(roof["hbm"], roof["launch"]) for roof in roofs if roof),
+    )
+
+
+def _tiles(case: Case, use: Use) -> int:
+    """Output tiles of a launch: its programs, but for the persistent kernel."""
+    if case.kernel != "conv1x1" or use.shape is None or case.config is None:
+        return use.programs
+    return cdiv(use.shape.m, case.config.bm) * cdiv(use.shape.k, case.config.bn)
+
+
+def _mma_cycles(case: Case) -> float:
+    """Cycles of the tensor cores (of the fp32 units for exact fp32) for one tile."""
+    if case.config is None:
+        return 0.0
+    rate = MACS_PER_CYCLE[case.sm] / (2 if case.dtype == torch.float32 else 1)
+    if not case.tensor_cores:
+        rate = FFMA_PER_CYCLE[case.sm]
+    return case.steps * case.config.bm * case.config.bn * case.config.bk / rate
+
+
+def _mma_per_step(case: Case, compiled: Compiled) -> float | None:
+    """Matrix instructions of one warp in one step, from the tile and the size in their opcode."""
+    config = case.config
+    assert config is not None
+    macs = config.bm * config.bn * config.bk
+    if not case.tensor_cores:
+        return macs / (32 * compiled.warps)
+    opcode = next((i.opcode for i in compiled.listing.instructions if sass.TENSOR_CORE.match(i.opcode)), "")
+    size = opcode.split(".")[1] if "." in opcode else ""
+    if opcode.startswith("HGMMA"):  # 64x128x16, by the four warps of a group
+        m, n, k = map(int, size.split("x"))
+        return macs / (m * n * k) / (compiled.warps / 4)
+    if opcode.startswith("HMMA"):  # 16816 is 16x8x16, by one warp
+        return macs / (16 * 8 * int(size[3:])) / compiled.warps
+    return None
+
+
+def _resident(sm: int, compiled: Compiled) -> int:
+    registers = -(-compiled.listing.registers // 8) * 8 * 32 * compiled.warps
+    shared = compiled.shared_bytes + 1024  # what the system keeps of each program
+    return min(REGISTERS // registers, SHARED_PER_SM[sm] // shared, WARPS_PER_SM // compiled.warps)
+
+
+def _roofs(case: Case, use: Use) -> dict[str, float]:
+    """Microseconds of each limit but instruction issue; empty without a device record."""
+    target = planned_for(case.sm)
+    if target is None:
+        return {}
+    roofs = {"hbm": use.bytes / target.hbm_tb_s / 1e6, "launch": cost.LAUNCH_US}
+    if use.shape and case.config and case.epilogue:
+        prediction = cost.predict(use.shape, case.epilogue, case.config, case.dtype, case.precision, target)
+        roofs |= {name: getattr(prediction, name) for name in ("hbm", "l2", "tensor")}
+    return roofs
+
+
+def _issue_over_roof(
+    case: Case, compiled: Compiled, counted: sass.IssueCount, roofs: list[dict[str, float]]
+) -> tuple[str, float | None]:
+    """The largest ratio over the uses, and the limit it is over."""
+    target = planned_for(case.sm)
+    if target is None:
+        return "", None
+    ratios = []
+    for use, roof in zip(case.uses, roofs, strict=True):
+        tiles = _tiles(case, use)
+        cycles = counted.per_tile(tiles / use.programs) * compiled.warps / 4
+        issue = cdiv(tiles, target.multiprocessors) * cycles / (target.clock_ghz * 1e3)
+        limit = max(roof, key=roof.__getitem__)
+        ratios.append((issue / roof[limit], limit))
+    ratio, limit = max(ratios)
+    return limit, ratio
+
+
+def planned_for(sm: int) -> Target | None:
+    """The device record that an architecture is planned for, or None."""
+    return known_devices()[DEVICES[sm]] if sm in DEVICES else None

@@ -1,0 +1,290 @@
+"""Finds the fastest configuration of one convolution by measuring a few promising ones.
+
+The space is pruned before anything runs: what the GPU's shared memory or a thread's registers cannot hold is left out,
+and the cost model orders the rest. Each candidate is validated numerically before its time counts. How to time and to
+validate is passed in (:mod:`.measure` does both on a GPU), so the search itself runs anywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from . import cost
+from .devices import Target, target_of
+from .journal import Journal
+from .kernels.config import ConvConfig, Epilogue, alternatives, least_waste_box, next_power_of_two, runs_on
+from .kernels.geometry import ConvShape
+from .tuning import Entry
+
+logger = logging.getLogger("resnet_triton")
+
+ACCUMULATORS = 128  # fp32 values of the tile that a thread may hold before registers spill
+TILES = 6  # distinct tiles measured per convolution
+LIMIT = 12  # candidates per convolution
+BARRIERS = 256  # bytes of shared memory for barriers
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median times of one candidate, in microseconds.
+
+    Args:
+        us: our kernel.
+        library_us: PyTorch's convolution and its separate BN, add and ReLU, measured in turns with it.
+        conv_us: PyTorch's convolution alone, where measured.
+        spread: (80th - 20th percentile) / median of our kernel.
+    """
+
+    us: float
+    library_us: float
+    conv_us: float | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one candidate: status ``"ok"``, ``"wrong"``, ``"error"``, ``"crashed"`` or ``"hung"``."""
+
+    config: ConvConfig
+    status: str
+    timing: Timing | None = None
+    reason: str = ""
+
+
+class DeviceLost(RuntimeError):
+    """A candidate left the GPU unusable for this process: start another one, with the same journal."""
+
+
+def shared_bytes(config: ConvConfig, itemsize: int, residual: bool = False) -> int:
+    """Estimated shared memory of a kernel in bytes (read off sm_90 programs; the pointer kernel uses at most this).
+
+    The staged output and residual reuse the pipeline's memory, except in a persistent ``conv1x1``, which keeps the next
+    tile's loads in flight during the epilogue.
+    """
+    pipeline = config.stages * (config.bm + config.bn) * config.bk * itemsize
+    if config.kernel == "conv_pointer":
+        return pipeline
+    staged = config.bm * config.bn * itemsize * (2 if residual else 1)
+    if config.persistent:
+        return pipeline + staged + BARRIERS
+    return max(pipeline, staged) + BARRIERS
+
+
+def candidates(
+    shape: ConvShape,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    epilogue: Epilogue | None = None,
+    precision: str = "tf32",
+    limit: int = LIMIT,
+) -> list[ConvConfig]:
+    """The configurations worth measuring, most promising first; those of the plan are always among them.
+
+    Args:
+        shape, dtype: of the convolution.
+        target: where it will run (needs no GPU).
+        epilogue: what follows; the default is BN and ReLU.
+        precision: ``"tf32"`` or ``"ieee"``, for fp32 only.
+        limit: how many at most.
+    """
+    epilogue = epilogue or Epilogue(bn=True, relu=True)
+    size = dtype.itemsize
+
+    def fits(config: ConvConfig) -> bool:
+        room = not target.shared_memory or shared_bytes(config, size, epilogue.residual) <= target.shared_memory
+        return room and runs_on(config, shape, size)
+
+    def predicted(config: ConvConfig) -> tuple[float, float]:
+        prediction = cost.predict(shape, epilogue, config, dtype, precision, target)
+        return prediction.us, sum(vars(prediction).values())  # the other limits break ties
+
+    known = alternatives(shape, size, target.tma)
+    first = known[0]
+    if first.kernel == "conv1x1":  # the same tile with the other ways to place programs
+        others = (replace(first, persistent=n) for n in (0, 1, 2) if n != first.persistent)
+        known += [config for config in others if fits(config)]
+    space = [c for c in _tiles(shape, size, target.tma) if fits(c) and c not in known]
+    if target.is_cuda:
+        space.sort(key=predicted)
+    chosen = [*known, *space[: TILES - 1]]
+    steps = shape.r * shape.s * -(-shape.c // first.bk)
+    # a long reduction wants more loads in flight, a short one more programs on a multiprocessor
+    changes = (1, 2) if steps > 4 else (1, -1)
+    for change, tile in itertools.product(changes, (*space[:1], first, *space[1:2])):
+        other = replace(tile, stages=tile.stages + change)
+        if fits(other) and other not in chosen:
+            chosen.append(other)
+    return chosen[:limit]
+
+
+_promising = candidates
+
+
+def _tiles(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]:
+    """Every tile of the space, three stages deep (two where the tile is large)."""
+    deep = 128 // itemsize
+    bk = min(deep, max(16, next_power_of_two(shape.c)))
+    if shape.stride == 2:
+        bk = min(deep, max(16, shape.c & -shape.c))
+    kernels = ["conv_pointer"]
+    if not tma and shape.c % bk:
+        bk = min(bk, 32)
+    if tma and runs_on(ConvConfig("conv_tma", (1, 8, 8), 64, bk), shape, itemsize):
+        kernels = ["conv1x1", "conv_tma"] if shape.pointwise else ["conv_tma"]
+    widest = max(16, next_power_of_two(shape.k))
+    found = []
+    for kernel, bm, bn, warps in itertools.product(kernels, (64, 128, 256), (32, 64, 128, 256), (4, 8)):
+        # four warps of a warp group share 64 rows; eight need 128
+        if bn > widest or bm * bn > ACCUMULATORS * 32 * warps or bm < 16 * warps:
+            continue
+        if kernel == "conv_pointer" and bn > 128:
+            continue
+        for box in _boxes(shape, bm) if kernel == "conv_tma" else [(1, 1, bm)]:
+            stages = 3 if (bm + bn) * bk * itemsize <= 48 * 1024 else 2
+            found.append(ConvConfig(kernel, box, bn, bk, warps, stages))
+    return found
+
+
+def _boxes(shape: ConvShape, bm: int) -> list[tuple[int, int, int]]:
+    """The box that wastes least, and the one of 8x8 pixels (whose halo is read least often)."""
+    boxes = [least_waste_box(shape, bm)]
+    if min(shape.p, shape.q) >= 8:
+        boxes.append((bm // 64, 8, 8))
+    return list(dict.fromkeys(boxes))
+
+
+def key_of(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype) -> str:
+    """The name of one convolution in a journal."""
+    return f"{shape} {str(dtype).removeprefix('torch.')} {epilogue}"
+
+
+def search(
+    shape: ConvShape,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    *,
+    timer: Callable[[ConvConfig], Timing],
+    validate: Callable[[ConvConfig], str | None],
+    candidates: Sequence[ConvConfig],
+    journal: Journal | None = None,
+    lost: Callable[[], bool] | None = None,
+    limit_s: float = 60.0,
+    finalists: int = 2,
+    prefix: str = "",
+) -> list[Trial]:
+    """Measures every candidate, then the fastest ones once more (their second time counts); fastest first.
+
+    Args:
+        shape, epilogue, dtype: of the convolution; they name it in the journal.
+        timer: times a configuration.
+        validate: None for a configuration that computes the right thing, else what is wrong; may raise.
+        journal: finished candidates are taken from it, and one that it shows as started but not finished counts
+            as crashed: a search that died goes on behind its culprit.
+        lost: after an exception, whether the device is unusable for this process.
+        limit_s: how long a candidate may take, for whoever watches the journal.
+        finalists: how many are measured twice.
+        prefix: put before the names in the journal.
+
+    Raises:
+        DeviceLost: ``lost`` says so. The candidate is noted as crashed.
+    """
+    name = prefix + key_of(shape, epilogue, dtype)
+
+    def attempt(config: ConvConfig, suffix: str = "") -> Trial:
+        key = f"{name} / {config.kernel} {config}{suffix}"
+        if journal is not None and (known := _known(journal, key, config)):
+            return known
+        if journal is not None:
+            journal.start(key, limit_s, kernel=config.kernel, config=str(config))
+        trial, error = _measure(config, timer, validate)
+        crashed = error is not None and lost is not None and lost()
+        if crashed:
+            trial = Trial(config, "crashed", None, trial.reason)
+        if journal is not None:
+            timing = asdict(trial.timing) if trial.timing else None
+            journal.finish(key, trial.status, timing=timing, detail=trial.reason)
+        if crashed:
+            raise DeviceLost(f"{key}: {trial.reason}") from error
+        if trial.status != "ok":
+            logger.info("tuner: %s is out: %s (%s)", key, trial.status, trial.reason)
+        return trial
+
+    trials = sorted((attempt(config) for config in candidates), key=_rank)
+    good = [t.config for t in trials if t.status == "ok"][:finalists]
+    if len(good) < 2:
+        return trials
+    again = sorted((attempt(config, " again") for config in good), key=_rank)
+    rest = [t for t in trials if t.config not in good]
+    return again + rest if again[0].status == "ok" else rest + again
+
+
+def tune_conv(
+    shape: ConvShape,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    *,
+    timer: Callable[[ConvConfig], Timing],
+    validate: Callable[[ConvConfig], str | None],
+    candidates: Sequence[ConvConfig] | None = None,
+    journal: Journal | None = None,
+    lost: Callable[[], bool] | None = None,
+) -> Entry | None:
+    """The measured entry of one convolution, or None if no candidate computes it. Arguments as :func:`search`.
+
+    ``candidates=None`` takes :func:`candidates` for the current CUDA device.
+    """
+    if candidates is None:
+        candidates = _promising(shape, dtype, target_of("cuda"), epilogue=epilogue)
+    trials = search(
+        shape,
+        epilogue,
+        dtype,
+        timer=timer,
+        validate=validate,
+        candidates=candidates,
+        journal=journal,
+        lost=lost,
+    )
+    return entry_of(shape, epilogue, dtype, trials)
+
+
+def entry_of(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, trials: Sequence[Trial]) -> Entry | None:
+    """The entry of the best trial of :func:`search`, or None if none is good."""
+    best = trials[0] if trials else None
+    if best is None or best.timing is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return Entry(shape, name, epilogue.residual, best.config, best.timing.us, best.timing.library_us)
+
+
+def _measure(
+    config: ConvConfig, timer: Callable[[ConvConfig], Timing], validate: Callable[[ConvConfig], str | None]
+) -> tuple[Trial, Exception | None]:
+    try:
+        wrong = validate(config)
+        if wrong:
+            return Trial(config, "wrong", None, wrong), None
+        return Trial(config, "ok", timer(config)), None
+    except Exception as error:  # out of shared memory, a compiler error, a launch failure: all only cost this one
+        return Trial(config, "error", None, f"{type(error).__name__}: {error}"[:500]), error
+
+
+def _known(journal: Journal, key: str, config: ConvConfig) -> Trial | None:
+    """The trial that a journal holds under ``key``, or None."""
+    if any(record["key"] == key for record in journal.open()):
+        journal.finish(key, "crashed", detail="the process died while it ran")
+    record = journal.finished.get(key)
+    if record is None:
+        return None
+    timing = record.get("timing")
+    return Trial(config, record["status"], Timing(**timing) if timing else None, record.get("detail") or "")
+
+
+def _rank(trial: Trial) -> float:
+    return trial.timing.us if trial.timing else float("inf")
