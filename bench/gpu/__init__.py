@@ -1,0 +1,1 @@
+"""The steps of `bench/gpu_suite.py`: what one visit to a GPU machine must do."""

@@ -1,0 +1,116 @@
+"""Fills Triton's cache ahead of time on many cores: `python -m bench.gpu.precompile < jobs.json`.
+
+A job is one convolution with one configuration. Its launcher runs on meta tensors, and Triton stops before the launch,
+so the program has exactly the signature that it will have later; no process here opens the GPU. Failures cost nothing:
+who needs the program compiles it again and reports the error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from resnet_triton.kernels.config import ConvConfig, Epilogue
+from resnet_triton.kernels.geometry import ConvShape
+
+Job = dict[str, Any]
+
+
+def job(
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, config: ConvConfig, vectors: torch.dtype
+) -> Job:
+    """A job as JSON: one convolution with one configuration; ``vectors`` is the dtype of BN's vectors and the bias."""
+    return {
+        "shape": vars(shape),
+        "epilogue": vars(epilogue),
+        "dtype": str(dtype).removeprefix("torch."),
+        "precision": precision,
+        "config": config.to_dict(),
+        "vectors": str(vectors).removeprefix("torch."),
+    }
+
+
+def distinct(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs without repetitions, in order."""
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(j, sort_keys=True) for j in jobs)]
+
+
+class _NoDevice:
+    """Stands in for Triton's driver in a process that never launches: names the target, has no device."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def compile_job(work: tuple[Job, int, int]) -> str | None:
+    """Compiles one job for ``(job, sm, multiprocessors)``; returns an error's text, or None."""
+    job, sm, multiprocessors = work
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from resnet_triton.codegen import trace
+    from resnet_triton.kernels.dispatch import launch_conv
+    from resnet_triton.kernels.epilogue import Operands
+
+    shape, epilogue = ConvShape(**job["shape"]), Epilogue(**job["epilogue"])
+    dtype, vectors = getattr(torch, job["dtype"]), getattr(torch, job["vectors"])
+
+    def meta(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    def vector(present: bool) -> torch.Tensor | None:
+        return torch.empty(shape.k, dtype=vectors, device="meta") if present else None
+
+    x, w = meta(shape.n, shape.h, shape.w, shape.c), meta(shape.k, shape.r, shape.s, shape.c)
+    y = meta(shape.n, shape.p, shape.q, shape.k)
+    gamma, beta, mean, var = (vector(epilogue.bn) for _ in range(4))
+    residual = y if epilogue.residual else None
+    operands = Operands(residual, vector(epilogue.bias), gamma, beta, mean, var, 1e-5, epilogue.relu)
+    config = ConvConfig.from_dict(job["config"])
+    try:
+        launches = trace(lambda: launch_conv(x, w, y, shape, operands, config, job["precision"]), multiprocessors)
+        driver.set_active(_NoDevice(GPUTarget("cuda", sm, 32)))
+        for kernel, grid, args, kwargs in launches:
+            kernel.run(*args, grid=grid, warmup=True, **kwargs)
+    except Exception as error:
+        return f"{shape} {config.kernel} {config}: {type(error).__name__}: {error}"[:500]
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) - 4))
+    parser.add_argument("--sm", type=int, default=90, help="compute capability times ten")
+    parser.add_argument("--multiprocessors", type=int, default=132)
+    options = parser.parse_args(argv)
+    jobs = [(job, options.sm, options.multiprocessors) for job in json.load(sys.stdin)]
+    os.nice(10)  # measurements run beside this
+    failed = []
+    with multiprocessing.get_context("spawn").Pool(options.processes, torch.set_num_threads, (1,)) as pool:
+        for done, error in enumerate(pool.imap_unordered(compile_job, jobs), 1):
+            if error:
+                failed.append(error)
+                print(f"failed: {error}", flush=True)
+            if done % 20 == 0 or done == len(jobs):
+                print(f"{done} of {len(jobs)} compiled", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

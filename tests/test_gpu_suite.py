@@ -1,0 +1,255 @@
+"""`bench/gpu_suite.py` without a GPU: planted faults cost their own row, calls resume, time is kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_suite
+from bench.gpu import check, limits, precompile, report, steps, tune
+from bench.gpu import suite as suite_module
+from bench.gpu.rows import Row, child_env, run_rows
+from resnet_triton import tuning
+from resnet_triton.devices import known_devices
+from resnet_triton.journal import Journal
+from tests import gpu_suite_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+H200 = known_devices()["NVIDIA H200"]
+HANDLER = "tests.gpu_suite_rows:handle"
+
+
+def suite(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess:
+    command = [sys.executable, "bench/gpu_suite.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=child_env())
+
+
+def started(out: Path) -> int:
+    return sum('"event": "start"' in line for line in (out / "journal.jsonl").read_text().splitlines())
+
+
+def rows_for(tmp_path: Path, **what: str) -> list[Row]:
+    payload = {"log": str(tmp_path / "log")}
+    return [
+        Row(key, f"kernel {key}", f"config {key}", 2.0 if do == "hang" else 60.0, {**payload, "do": do})
+        for key, do in what.items()
+    ]
+
+
+def test_planted_faults_cost_their_row_only(tmp_path) -> None:
+    rows = rows_for(tmp_path, a="ok", b="signal", c="ok", d="wrong", e="hang", f="raise", g="ok")
+    journal = Journal(tmp_path / "journal.jsonl", "code")
+    run_rows(rows, HANDLER, journal, deadline=time.monotonic() + 60)
+    status = {key: journal.finished[key]["status"] for key in "abcdefg"}
+    assert status == dict(a="ok", b="crashed", c="ok", d="wrong", e="hung", f="error", g="ok")  # noqa: C408
+    details = {key: journal.finished[key]["detail"] for key in "bdef"}
+    assert "SIGSEGV" in details["b"] and "no end after 2.0 s" in details["e"]
+    assert "RuntimeError: planted" in details["f"] and details["d"] == "planted"
+    problems = report.problems(journal.finished.values())
+    text = report.table({"device": "x", "seconds": 1.0, "steps": [], "problems": problems})
+    for key, status in zip("bdef", ("crashed", "wrong", "hung", "error"), strict=True):
+        assert f"! {status}: {key} [kernel {key} config {key}]" in text
+    # a second call has nothing to do; one with other code does it all again
+    before = (tmp_path / "log").read_text().split()
+    assert before == list("abcdefg")
+    run_rows(rows, HANDLER, Journal(tmp_path / "journal.jsonl", "code"), deadline=time.monotonic() + 60)
+    assert (tmp_path / "log").read_text().split() == before
+    changed = Journal(tmp_path / "journal.jsonl", "other code")
+    run_rows(rows[:1], HANDLER, changed, deadline=time.monotonic() + 60)
+    assert list(changed.finished) == ["a"]
+
+
+def test_planted_faults_in_the_tuner_cost_their_candidate_only(tmp_path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl", "code")
+    row = Row("tune whole", "tuner", "all", 60.0, {})
+    run_rows([row], "tests.gpu_suite_rows:tune", journal, deadline=time.monotonic() + 60)
+    configs = [str(config) for config in gpu_suite_rows.CONFIGS]
+    status = {r["config"]: r["status"] for key, r in journal.finished.items() if " / " in key}
+    wanted = ("crashed", "hung", "error", "wrong", "ok", "ok")
+    assert status == dict(zip(configs, wanted, strict=True))
+    assert journal.finished["tune whole"]["status"] == "ok"
+    entries, _ = tune.results(with_layer(journal))
+    assert [e.config for e in entries] == gpu_suite_rows.CONFIGS[5:]
+
+
+def with_layer(journal: Journal) -> Journal:
+    journal.finished["tune whole"]["layer"] = {}
+    return journal
+
+
+def test_time_box(tmp_path) -> None:
+    """The row that runs at the deadline is stopped and done again by the next call; later ones never start."""
+    log = {"log": str(tmp_path / "log"), "do": "nap"}
+    rows = [Row(str(i), "-", "-", 60.0, {**log, "s": s}) for i, s in enumerate((0.01, 300, 0.01))]
+    journal = Journal(tmp_path / "journal.jsonl")
+    begun = time.monotonic()
+    run_rows(rows, HANDLER, journal, deadline=begun + 6)
+    assert time.monotonic() - begun < 12
+    assert list(journal.finished) == ["0"] and not journal.open()
+    rows[1] = Row("1", "-", "-", 60.0, {**log, "s": 0.01})
+    run_rows(rows, HANDLER, journal, deadline=time.monotonic() + 60, workers=2)
+    assert sorted(journal.finished) == ["0", "1", "2"]
+    assert sorted((tmp_path / "log").read_text().split()) == ["0", "1", "1", "2"]
+
+
+def test_worker_that_cannot_start_is_reported(tmp_path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    rows = rows_for(tmp_path, a="ok")
+    run_rows(rows, "tests.no_such_module:handle", journal, deadline=time.monotonic() + 60)
+    assert journal.finished["a"]["status"] == "crashed"
+    assert "no_such_module" in journal.finished["a"]["detail"]
+
+
+def test_dry_run_end_to_end(tmp_path) -> None:
+    arguments = ("--dry-run", "--minutes", "2", "--out", tmp_path, "--steps", "environment,limits,check,tune")
+    done = suite(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not measured: no CUDA device" in done.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "environment.json", "limits.json", "check.csv", "dry-run.json", "layers.csv", "journal.jsonl", "summary.json",
+    }  # fmt: skip
+    with (tmp_path / "check.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(check.dry_rows()) and {line["status"] for line in lines} == {"ok"}
+    assert {line["kernel"] for line in lines} >= {"conv_tma", "conv1x1", "conv_pointer", "max_pool", "fold_bn"}
+    assert len(tuning.load(tmp_path / "dry-run.json")) == 2
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [step["name"] for step in summary["steps"]] == ["environment", "limits", "check", "tune"]
+    assert summary["problems"] == []
+    # the table comes last
+    assert done.stdout.strip().splitlines()[-1].startswith("tune")
+    count = started(tmp_path)
+    again = suite(*arguments)
+    assert again.returncode == 0 and "12 ok of 12" in again.stdout
+    unchanged = json.loads((tmp_path / "summary.json").read_text())["code"] == summary["code"]
+    assert started(tmp_path) == count or not unchanged, "finished rows are run again only if their code was edited"
+
+
+def test_whole_call_keeps_its_time(tmp_path) -> None:
+    (tmp_path / "layers.csv").write_text("of an earlier call")
+    begun = time.monotonic()
+    done = suite("--dry-run", "--minutes", "0.05", "--out", tmp_path, "--steps", "check,tune", "--fresh")
+    assert time.monotonic() - begun < 25
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "layers.csv").exists()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "no time" in {step["state"] for step in summary["steps"]}
+
+
+def test_list_and_refusals(tmp_path, capsys) -> None:
+    assert gpu_suite.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()] == ["environment", "limits", "check", "tune", "bench"]
+    assert gpu_suite.main(["--steps", "limits,tests", "--out", str(tmp_path)]) == 2
+    assert "unknown tests" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert gpu_suite.main(["--out", str(tmp_path / "none")]) == 2
+        refusal = "gpu_suite: no CUDA device: run this on a machine with a GPU, or try it with --dry-run"
+        assert capsys.readouterr().err.strip() == refusal
+        assert not (tmp_path / "none").exists()
+
+
+def test_results_of_another_gpu_are_refused(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps({"device": {"name": "Other GPU"}}))
+    assert gpu_suite.main(["--dry-run", "--out", str(tmp_path)]) == 2
+    assert "holds results of Other GPU, this is dry-run" in capsys.readouterr().err
+
+
+def test_visit_where_every_row_fails(tmp_path, monkeypatch, capsys) -> None:
+    """The steps of a real visit on a pretended H200: the failures are reported, every step is reached."""
+    device = {"name": "NVIDIA H200", "sm": 90, "multiprocessors": 132, "shared_memory": 232448}
+    environment = {"device": device, "nvidia_smi": {}, "torch": "2", "triton": "3"}
+    broken = rows_for(tmp_path, a="raise", b="raise", c="wrong")
+
+    def pretended(options, started: float) -> suite_module.Suite:
+        return suite_module.Suite(options.out, 60 * options.minutes, False, started, environment)
+
+    monkeypatch.setattr(gpu_suite, "open_suite", pretended)
+    monkeypatch.setattr(check, "HANDLER", HANDLER)
+    monkeypatch.setattr(check, "compile_jobs", lambda target: [])
+    monkeypatch.setattr(check, "rows", lambda target: broken)
+    monkeypatch.setattr(check, "sanitizer_rows", lambda target: [])
+    monkeypatch.setattr(steps, "pytest_gpu", lambda suite, deadline: None)
+    monkeypatch.setattr(tune, "HANDLER", HANDLER)
+    monkeypatch.setattr(tune, "compile_jobs", lambda target: [])
+    monkeypatch.setattr(tune, "rows", lambda target: [Row("tune x", "tuner", "all", 60.0, broken[0].payload)])
+    monkeypatch.setattr(limits, "rows", lambda: [Row("limit x", "none", "-", 60.0, {"what": "no such measurement"})])
+    monkeypatch.setattr(steps, "CHECK_WORKERS", 1)
+    names = "environment,limits,check,tune"
+    assert gpu_suite.main(["--minutes", "2", "--out", str(tmp_path), "--steps", names]) == 1
+    out = capsys.readouterr().out
+    assert "check        done" in out and "2 error, 1 wrong of 3" in out
+    assert "! error: a [kernel a config a] and 2 more alike RuntimeError: planted" in out
+    assert "! wrong: c [kernel c config c] planted" in out
+    assert "0 of 1 convolutions" in out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {p["key"] for p in summary["problems"]} == {"a", "b", "c", "tune x", "limit x"}
+    assert json.loads((tmp_path / "limits.json").read_text())["devices.json"] == {"NVIDIA H200": None}
+
+
+def test_rows_of_a_real_visit() -> None:
+    """The queue for an H200: unique names, every kernel and dtype, ResNet-50's convolutions in bf16 first."""
+    rows = check.rows(H200)
+    assert len({row.key for row in rows}) == len(rows)
+    assert all(row.key.startswith("resnet50.") and "bfloat16" in row.key for row in rows[:20])
+    conv = [row for row in rows if row.payload["what"] == "conv"]
+    found = {(row.payload["dtype"], row.kernel) for row in conv}
+    assert found >= {(d, k) for d in check.DTYPES for k in ("conv_tma", "conv_pointer")}
+    assert found >= {(d, "conv1x1") for d in ("bfloat16", "float16")}
+    assert {row.payload["what"] for row in rows} >= {"stem", "head", "fold_bn", "add_relu", "model", "large conv"}
+    tuned = tune.rows(H200)
+    assert len({row.key for row in tuned}) == len(tuned)
+    assert {row.payload["shape"]["n"] for row in tuned[:20]} == {256}
+    measured = limits.rows()
+    assert len({row.key for row in measured}) == len(measured)
+    jobs = precompile.distinct([*check.compile_jobs(H200), *tune.compile_jobs(H200)])
+    assert len(jobs) > 1000 and json.loads(json.dumps(jobs)) == jobs
+    json.dumps([row.payload for row in [*rows, *tuned, *measured]])
+
+
+def test_large_rows_are_large() -> None:
+    rows = [row for row in check.rows(H200) if row.payload["what"] == "large conv"]
+    assert len(rows) == 3
+    for row in rows:
+        s = check.ConvShape(**row.payload["shape"])
+        assert max(s.n * s.h * s.w * s.c, s.m * s.k) > 2**31
+
+
+def test_device_record_is_what_the_planner_reads() -> None:
+    def row(value: float, status: str = "ok", **more: object) -> dict:
+        return {"value": value, "status": status, "config": "c", **more}
+
+    results = {
+        "limit copy torch": row(4.2),
+        "limit l2 distinct a": row(5.9),
+        "limit l2 distinct b": row(9.9, "wrong"),
+        "limit l2 shared a": row(7.0),
+        "limit matmul bfloat16": row(780.0, sm_clock_mhz=1755),
+        "limit matmul tf32": row(400.0),
+    }
+    device = {"sm": 90, "multiprocessors": 132, "shared_memory": 232448, "torch": "2", "triton": "3", "driver": "5"}
+    record = limits.record(results, device)
+    assert record is not None
+    shipped = json.loads((ROOT / "resnet_triton/devices.json").read_text())["NVIDIA H200"]
+    assert set(record) == set(shipped) and set(record["tensor_tflops"]) == set(shipped["tensor_tflops"])
+    assert record["l2_tb_s"] == 5.9, "a wrong result does not count"
+    assert record["tensor_tflops"] == {"bfloat16": 780.0, "float16": 780.0, "tf32": 400.0}
+    assert limits.record({}, device) is None
+
+
+def test_totals_need_every_layer() -> None:
+    lines = []
+    for site in tune.sites(50, 256, "bfloat16", H200):
+        lines.append({"shape": str(site.shape), "dtype": "bfloat16", "epilogue": str(site.epilogue)})
+        lines[-1] |= {"ours_us": 100.0, "cudnn_passes_us": 250.0, "cudnn_conv_us": 90.0, "speedup": 2.5}
+    (total,) = tune.totals(lines, H200)
+    assert total["convs"] == 52 and total["ours_ms"] == pytest.approx(5.2) and total["speedup"] == 2.5
+    assert tune.totals(lines[1:], H200) == []
