@@ -149,7 +149,7 @@ def _rebuild(base: Any) -> nn.Module:
 def _kind(m: nn.Module) -> str | None:
     """What a module could be converted to, or None."""
     cls: Any = type(m)
-    kind, _ = _known().get(cls.forward, (None, None))
+    kind, _ = _known().get(_forward_of(m), (None, None))
     if kind is None or "forward" in m.__dict__ or is_converted(m):
         return None
     if kind == "container" and getattr(cls, "_forward_impl", None) not in _helpers():
@@ -164,7 +164,13 @@ def _kind(m: nn.Module) -> str | None:
 def _is_block(m: nn.Module) -> bool:
     if is_converted(m):
         return _marker(m).kind == "block"
-    return _known().get(type(m).forward, ("",))[0] == "block" and "forward" not in m.__dict__
+    return _known().get(_forward_of(m), ("",))[0] == "block" and "forward" not in m.__dict__
+
+
+def _forward_of(m: nn.Module) -> object:
+    """The ``forward`` that a module's class had before it was converted."""
+    cls = _marker(m).base if is_converted(m) else type(m)
+    return getattr(cls, "forward", None)  # a ScriptModule's class has none
 
 
 def is_converted(m: nn.Module) -> bool:
@@ -234,12 +240,15 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def _copy(model: nn.Module, function: str) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:  # a pruned weight, a handle in a hook: copying calls foreign code
         name = type(model).__name__
         raise ValueError(
             f"{function} cannot copy the {name}: {error}; pass inplace=True to change it itself"
         ) from error
+    for new, old in zip(copied.modules(), model.modules(), strict=True):
+        new.training = old.training  # a copied fx.GraphModule forgets it
+    return copied
 
 
 def _check_module(model: nn.Module, function: str, inplace: bool) -> None:
@@ -256,7 +265,7 @@ def _check_module(model: nn.Module, function: str, inplace: bool) -> None:
 def residual_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, fused.BlockSpec]]:
     """``(name, module, spec)`` of every known residual block, converted or not."""
     for name, m in model.named_modules():
-        kind, spec = _known().get(_marker(m).base.forward if is_converted(m) else type(m).forward, ("", None))
+        kind, spec = _known().get(_forward_of(m), ("", None))
         if kind == "block" and isinstance(spec, fused.BlockSpec):
             yield name, m, spec
 

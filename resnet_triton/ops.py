@@ -370,7 +370,10 @@ def _check_stem(x, weight, norm_mean, norm_std) -> tuple[int, int]:
     if not weight.is_floating_point():
         raise ValueError(f"weight must be floating point, got {weight.dtype}; convert it with .to()")
     if x.dtype != torch.uint8 and x.dtype != weight.dtype and norm_mean is None:
-        raise ValueError(f"x must be uint8 or the weight's dtype {weight.dtype}, got {x.dtype}")
+        raise ValueError(
+            f"x must be uint8 or the weight's dtype {weight.dtype}, got {x.dtype}; convert it with .to(), "
+            f"or run under torch.autocast"
+        )
     if (norm_mean is None) != (norm_std is None):
         raise ValueError("norm_mean and norm_std belong together; got only one of them")
     if x.shape[2] < 1 or x.shape[3] < 1:

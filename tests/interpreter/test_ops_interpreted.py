@@ -83,8 +83,6 @@ def test_every_convolution_of_resnet_18_to_152(shape: ConvShape, epilogue: Epilo
 def test_the_shape_chooses_the_kernel(shape: ConvShape, kernel: str, dtype: torch.dtype, counts) -> None:
     inputs = conv_inputs(shape, Epilogue(True, True, True, True), dtype, vector_dtype=dtype)
     identical(apply(inputs), inputs.expected())
-    if kernel == "conv1x1" and dtype == torch.float32:
-        kernel = "conv_tma"  # conv1x1 spills there
     assert counts == {kernel: 1}
 
 
