@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from .ops import split_units
@@ -93,7 +92,6 @@ class ConvBNAct(Function):
         return *grads, None, None, (residual if needs[7] else None), None, None, None, None, None
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         return ConvBNAct.gradients(ctx, *grads)
 
@@ -144,7 +142,6 @@ class BlockTail(Function):
         ctx.save_for_backward(t, shortcut, *tensors, output[0], output[1] if len(output) > 1 else None)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         t, shortcut, *tensors, y, y_next = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
@@ -166,7 +163,6 @@ class Bottleneck(Function):
         ctx.save_for_backward(x, *tensors, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, *tensors, y = ctx.saved_tensors
         first, *tail = _regroup(ctx.counts, tensors)
@@ -221,7 +217,6 @@ class Stem(Function):
         return d_x, *d_params, None, None, None, None, None, None
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         return Stem.gradients(ctx, *grads)
 
@@ -253,7 +248,6 @@ class Head(Function):
         return d_x, d_weight, d_bias
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         return Head.gradients(ctx, *grads)
 
@@ -289,7 +283,6 @@ class FoldBN(Function):
         return d_weight, d_bias, d_gamma, d_beta, None, None, None
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         return FoldBN.gradients(ctx, *grads)
 
@@ -313,7 +306,6 @@ class AddReLU(Function):
         return d, d
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         return AddReLU.gradients(ctx, *grads)
 

@@ -153,7 +153,7 @@ class _Tracer(TorchDispatchMode):
             return out
         out = func(*args, **(kwargs or {}))
         op = _COMPUTE.get(func._opname)
-        if op:
+        if op and not (isinstance(out, Tensor) and out.dim() == 0):  # counters such as num_batches_tracked
             self.rows.append(self._eager(op, args, out))
         return out
 
@@ -183,16 +183,24 @@ class _Tracer(TorchDispatchMode):
 
 
 def _reasons(model: nn.Module) -> dict[str, str]:
-    """Why each known block that does not run fused does not, by module name."""
-    reasons = {}
+    """Why what is known but does not run fused does not, by module name."""
+    reasons: dict[str, str | None] = {}
+    m: fused.Converted
     for name, m in model.named_modules():
-        if is_converted(m) and m._resnet_triton.kind == "block":
-            reason = fused.why_not_block(m)
-            if reason:
-                reasons[name] = reason
+        kind = m._resnet_triton.kind if is_converted(m) else ""
+        if kind == "block":
+            reasons[name] = fused.why_not_block(m)
+        elif kind in ("container", "getter"):
+            children = dict(m.named_children())
+            path = f"{name}." if name else ""
+            if all(child in children for child in fused.STEM[:3]):
+                reason = fused.why_not_stem(*(children[child] for child in fused.STEM[:3]))
+                reasons |= {f"{path}{child}": reason for child in fused.STEM if child in children}
+            if kind == "container":
+                reasons[f"{path}fc"] = fused.why_not_head(m)
         elif _is_block(m):
             reasons[name] = "not converted: resnet_triton.convert(model)"
-    return reasons
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def explain(
@@ -212,9 +220,14 @@ def explain(
             model's own.
 
     Raises:
+        TypeError: ``model`` is not an nn.Module, or ``dtype`` not a torch.dtype.
         ValueError: for an unknown device or a shape that is not four positive sizes.
     """
-    shape = tuple(input_shape)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain takes an nn.Module, got {type(model).__name__}; resnet_triton.resnet50() makes one")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, got {dtype!r}")
+    shape = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
     if len(shape) != 4 or not all(isinstance(size, int) and size >= 0 for size in shape) or prod(shape[1:]) == 0:
         raise ValueError(f"input_shape must be (N, C, H, W) with positive sizes, got {input_shape!r}")
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

@@ -1,7 +1,7 @@
 """The public functional interface: fused convolutions and residual blocks on tensors.
 
 Every function takes and returns ``N,C,H,W``-shaped tensors (channels_last is the fast layout, any layout is accepted,
-results are channels_last), differentiates once, runs under ``torch.autocast`` (inputs, weights and biases are cast; BN
+results are channels_last), differentiates, runs under ``torch.autocast`` (inputs, weights and biases are cast; BN
 vectors stay as they are), traces under ``torch.compile`` and ``torch.export``, and raises ValueError naming the wrong
 argument. BN is inference BN: the statistics are constants.
 """
