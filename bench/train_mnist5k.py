@@ -61,10 +61,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of ``labels`` that the model, in eval mode, gets right."""
     model.eval()
-    hits = sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(images.split(250), labels.split(250), strict=True)
-    )
+    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
     return hits / len(labels)
 
 
@@ -125,9 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, args.out, metadata)
-    print(
-        f"test accuracy {test:.2%} of 1000 images; wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)"
-    )
+    print(f"test accuracy {test:.2%} of 1000 images; wrote {args.out} ({args.out.stat().st_size / 1e6:.2f} MB)")
 
 
 if __name__ == "__main__":

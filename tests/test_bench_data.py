@@ -61,9 +61,7 @@ def test_training_is_deterministic_and_lowers_the_loss(
     assert len(losses) == 6 and losses[:3] == losses[3:] and losses[2] < losses[0]
 
 
-def test_training_script_writes_what_the_builder_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_script_writes_what_the_builder_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = data.mnist5k(train=False)
     few = data.Digits(digits.images[:130], digits.labels[:130])
     monkeypatch.setattr(train_mnist5k, "mnist5k", lambda train: few)

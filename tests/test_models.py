@@ -43,13 +43,9 @@ def assert_same_network(ours: nn.Module, theirs: nn.Module) -> None:
     assert list(a) == list(b)
     for key in a:
         assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
-    settings = [
-        [(n, m.extra_repr(), m.training) for n, m in model.named_modules()] for model in (ours, theirs)
-    ]
+    settings = [[(n, m.extra_repr(), m.training) for n, m in model.named_modules()] for model in (ours, theirs)]
     assert settings[0] == settings[1]
-    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
-        n for n, _ in theirs.named_parameters()
-    ]
+    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [n for n, _ in theirs.named_parameters()]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -113,9 +109,7 @@ def test_gradients_equal_torchvisions() -> None:
 def test_signatures_are_torchvisions() -> None:
     for ours, theirs in ((ResNet, tv.ResNet), (BasicBlock, tv.BasicBlock), (Bottleneck, tv.Bottleneck)):
         a, b = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
-        assert [(p.name, p.kind, p.default) for p in a.values()] == [
-            (p.name, p.kind, p.default) for p in b.values()
-        ]
+        assert [(p.name, p.kind, p.default) for p in a.values()] == [(p.name, p.kind, p.default) for p in b.values()]
     for name in LAYERS:
         a = inspect.signature(getattr(models, name)).parameters
         assert [p.name for p in a.values()] == ["weights", "progress", "kwargs"]
@@ -187,9 +181,7 @@ def test_torchscript_fx_and_export_of_the_plain_model(block) -> None:
         assert torch.equal(torch.jit.script(model)(x), expected)
         graph = torch.fx.symbolic_trace(model)
         assert torch.equal(graph(x), expected)
-        exported = torch.export.export(
-            model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},)
-        )
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
         torch.testing.assert_close(exported.module()(images(3))[:2], expected)
     assert [n.target for n in graph.graph.nodes if n.op == "call_module"].count(
         "layer1.0.relu"
@@ -200,18 +192,14 @@ def test_torchscript_fx_and_export_of_the_plain_model(block) -> None:
 def test_cifar_resnet(depth: int, parameters: int) -> None:
     model = CifarResNet(depth).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
-    main_path = [
-        n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n
-    ]
+    main_path = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
     assert len(main_path) == depth
     shortcuts = [n for n, m in model.named_modules() if n.endswith("downsample")]
     assert shortcuts == ["layer2.0.downsample", "layer3.0.downsample"]
     x = images(size=32)
     sizes = {}
     for name in ("layer1", "layer2", "layer3"):
-        getattr(model, name).register_forward_hook(
-            lambda m, i, o, name=name: sizes.update({name: tuple(o.shape[1:])})
-        )
+        getattr(model, name).register_forward_hook(lambda m, i, o, name=name: sizes.update({name: tuple(o.shape[1:])}))
     assert model(x).shape == (2, 10)
     assert sizes == {"layer1": (16, 32, 32), "layer2": (32, 16, 16), "layer3": (64, 8, 8)}
 

@@ -39,9 +39,7 @@ def run_python(code: str, cwd: Path = ROOT) -> str:
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=cwd,
-        env={
-            name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONSAFEPATH"}
-        },
+        env={name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONSAFEPATH"}},
         capture_output=True,
         text=True,
         timeout=120,
@@ -82,15 +80,11 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, source)
     for name in ("resnet_triton", "kernels"):
-        shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
 
     def build(what: str, cwd: Path) -> Path:
         code = f"from setuptools import build_meta as b; print('BUILT', b.build_{what}({str(tmp)!r}))"
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
-        )
+        result = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
         (line,) = [line for line in result.stdout.splitlines() if line.startswith("BUILT ")]
         return tmp / line.removeprefix("BUILT ")
@@ -168,9 +162,7 @@ def test_kernels_is_a_symlink_in_the_repository():
 
 def test_the_version_is_written_once():
     assert "version" not in PYPROJECT["project"]
-    assert (
-        PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "resnet_triton._version.__version__"
-    )
+    assert PYPROJECT["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "resnet_triton._version.__version__"
 
 
 def test_the_installed_metadata_has_the_same_version():
@@ -320,9 +312,7 @@ def test_a_missing_venv_module_is_named(tmp_path):
 
 @needs_make
 def test_this_python_is_accepted():
-    result = run_make(
-        "check-python", f"PYTHON={sys.executable}", PYTHONHOME="/nowhere", PYTHONPATH="/nowhere"
-    )
+    result = run_make("check-python", f"PYTHON={sys.executable}", PYTHONHOME="/nowhere", PYTHONPATH="/nowhere")
     assert result.returncode == 0, result.stderr
 
 
@@ -451,8 +441,7 @@ class TestRunTests:
             path = tmp_path / "tests" / folder / f"test_{folder or 'compiled'}.py"
             path.parent.mkdir(exist_ok=True)
             path.write_text(
-                "import os\n\ndef test_mode():\n"
-                f"    assert os.environ.get('TRITON_INTERPRET', '') == {want!r}\n"
+                f"import os\n\ndef test_mode():\n    assert os.environ.get('TRITON_INTERPRET', '') == {want!r}\n"
             )
         return tmp_path
 

@@ -45,9 +45,7 @@ def state() -> dict[str, Tensor]:
     """A checkpoint whose every entry differs from a fresh model's."""
     generator = torch.Generator().manual_seed(9)
     return {
-        key: torch.tensor(17)
-        if key.endswith("tracked")
-        else torch.rand(value.shape, generator=generator) + 0.5
+        key: torch.tensor(17) if key.endswith("tracked") else torch.rand(value.shape, generator=generator) + 0.5
         for key, value in small().state_dict().items()
     }
 
@@ -77,9 +75,7 @@ def test_state_dicts_and_pickles(form: str, wrapped: str, state, model: ResNet, 
     checkpoint = WRAPPED[wrapped](state)
     expected = dict(state)
     if wrapped == "without_counters":
-        expected = {
-            k: model.state_dict()[k].clone() if k.endswith("tracked") else v for k, v in state.items()
-        }
+        expected = {k: model.state_dict()[k].clone() if k.endswith("tracked") else v for k, v in state.items()}
     if form != "mapping":
         path = tmp_path / f"checkpoint{form}"
         torch.save(checkpoint, path)
@@ -96,9 +92,7 @@ def test_safetensors(as_text: bool, state, model: ResNet, tmp_path: Path) -> Non
     assert_holds(model, state)
 
 
-def test_paths_may_be_relative_or_start_at_home(
-    state, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_may_be_relative_or_start_at_home(state, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(state, tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -281,9 +275,7 @@ def test_truncated_file(kind: str, share: float, state, model: ResNet, tmp_path:
 
 
 @pytest.mark.parametrize("extension", [".pth", ".safetensors"])
-@pytest.mark.parametrize(
-    "content", [b"<!DOCTYPE html><html>404</html>", b"hello", b"\x00" * 4096, b"PK\x03\x04" * 99]
-)
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>404</html>", b"hello", b"\x00" * 4096, b"PK\x03\x04" * 99])
 def test_something_else(extension: str, content: bytes, model: ResNet, tmp_path: Path) -> None:
     path = tmp_path / f"w{extension}"
     path.write_bytes(content)
@@ -426,9 +418,7 @@ def test_names_follow_the_architecture_of_the_model() -> None:
         models.cifar_resnet(8, weights="DEFAULT")
 
 
-def test_named_weights_leaves_files_and_mappings_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_named_weights_leaves_files_and_mappings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for weights in (None, {}, Path("DEFAULT"), "DEFAULT.pth", "a/DEFAULT", "./DEFAULT"):
         assert named_weights("ResNet18_Weights", weights) is None
     assert named_weights("ResNet18_Weights", "DEFAULT") is ENUM.DEFAULT
@@ -452,9 +442,7 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
-    with pytest.raises(
-        OSError, match=r"could not be downloaded.*https://download.pytorch.org/.*path of the file"
-    ):
+    with pytest.raises(OSError, match=r"could not be downloaded.*https://download.pytorch.org/.*path of the file"):
         models.resnet18(weights="DEFAULT")
 
 
