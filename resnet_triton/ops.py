@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, plan, reference
+from . import backend, onednn, plan, reference
 from .devices import Target, target_of
 from .kernels.config import Epilogue
 from .kernels.geometry import ConvShape, out_size
@@ -211,7 +211,7 @@ def conv_step(
         return new_channels_last(x, n, k, p, q)
     choice = plan.choose_conv(shape, epilogue, x.dtype, precision, _target(x), backend.current_backend())
     if choice.realisation == "onednn" and not Recorder.active:
-        return _onednn(x, weight, vectors[0], residual, relu, stride, padding, dilation)
+        return onednn.convolution(x, weight, vectors[0], residual, relu, stride, padding, dilation)
     out = new_channels_last(x, n, k, p, q)
 
     def launch() -> None:
@@ -232,28 +232,6 @@ def conv_step(
         else plan.cost.unfused_bytes(shape, epilogue, x.element_size())
     )
     return _run("conv", choice, out, launch, eager, weight=weight, shape=shape, epilogue=epilogue, moved=moved)
-
-
-def _onednn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
-    """Convolution with bias, addition and ReLU as oneDNN post-ops."""
-    geometry = ([padding] * 2, [stride] * 2, [dilation] * 2, 1)
-    unary = "relu" if relu else None
-    x = channels_last(x)
-    convolution = torch.ops.mkldnn._convolution_pointwise
-    if residual is None:
-        return channels_last(convolution(x, weight, bias, *geometry, unary or "none", [], ""))
-    return channels_last(
-        convolution.binary(x, channels_last(residual), weight, bias, *geometry, "add", 1.0, unary, [], "")
-    )
 
 
 # Operators

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import cost, tuning
+from . import cost, onednn, tuning
 from .devices import Target
 from .kernels.config import ConvConfig, Epilogue, alternatives, runs_on
 from .kernels.geometry import ConvShape
@@ -204,18 +204,11 @@ def _own(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: st
 
 
 def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, backend: str) -> Choice:
-    if backend == "auto" and not epilogue.bn and dtype in (torch.float32, torch.bfloat16) and onednn_fuses():
+    if backend == "auto" and not epilogue.bn and dtype in (torch.float32, torch.bfloat16) and onednn.available():
         return Choice("onednn", None, "BN is folded: bias, add and ReLU run as oneDNN post-ops")
     if epilogue.bn:
         return Choice("aten", None, "BN is not folded; resnet_triton.fold(model) fuses it on the CPU")
     return Choice("aten", None, "use_backend('cudnn')" if backend == "cudnn" else f"oneDNN does not fuse {dtype}")
-
-
-@functools.cache
-def onednn_fuses() -> bool:
-    """Whether this PyTorch has oneDNN's convolution with post-ops."""
-    ops = torch.ops.mkldnn
-    return torch.backends.mkldnn.is_available() and hasattr(ops, "_convolution_pointwise")
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resnet_triton import plan, tuning
+from resnet_triton import onednn, plan, tuning
 from resnet_triton.backend import BACKENDS
 from resnet_triton.devices import Target, known_devices, target_of
 from resnet_triton.kernels.config import ConvConfig, Epilogue, runs_on
@@ -108,7 +108,7 @@ def test_a_broken_triton_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_cpu(
     epilogue: Epilogue, dtype: torch.dtype, backend: str, realisation: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "onednn_fuses", lambda: True)
+    monkeypatch.setattr(onednn, "available", lambda: True)
     choice = choose(epilogue=epilogue, dtype=dtype, target=CPU, backend=backend)
     assert choice.realisation == realisation and not choice.fused
     assert re.search(reason, choice.reason)
