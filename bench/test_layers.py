@@ -1,0 +1,44 @@
+"""Single steps: the fused ops against the same as separate PyTorch operators, and one row for each kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.conftest import SMOKE
+from bench.layers import EAGER, FEW, FOLDED, OURS, Layer, conv_layers, kernel_layers, measure, unmeasured
+from bench.providers import weak_dtype
+
+CUDA = torch.cuda.is_available()
+CPU_BATCH = 1 if SMOKE else 4
+CPU_DTYPES = ("float32",) if SMOKE else ("float32", "bfloat16")
+GPU_BATCHES = (256, 32) if CUDA and not SMOKE else (256,)
+BUDGET_S = 0.1 if SMOKE else 0.7
+
+
+def _name(layer: Layer) -> str:
+    return layer.name.replace(" ", "_")
+
+
+@pytest.mark.parametrize("provider", [EAGER, OURS, FOLDED])
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("layer", [] if CUDA else conv_layers(CPU_BATCH, FEW[:1] if SMOKE else FEW), ids=_name)
+def test_cpu_layer(layer: Layer, dtype: str, provider: str, lab, publish) -> None:
+    """A convolution of ResNet-50 on the CPU, with and without folded BN."""
+    if reason := weak_dtype("cpu", dtype):
+        pytest.skip(reason)
+    rows = lab.once((layer.name, dtype), lambda: measure(layer, "cpu", dtype, BUDGET_S))
+    publish(rows[provider])
+
+
+@pytest.mark.parametrize("provider", [EAGER, OURS] if CUDA else [OURS])
+@pytest.mark.parametrize(
+    "layer", [layer for batch in GPU_BATCHES for layer in kernel_layers(batch, few=SMOKE or not CUDA)], ids=_name
+)
+def test_gpu_layer(layer: Layer, provider: str, lab, publish) -> None:
+    """A step on this package's kernel; every distinct convolution of ResNet-50, and everything around them."""
+    if not CUDA:
+        publish(unmeasured(layer, "bfloat16"))
+        return
+    rows = lab.once((layer.name, "cuda"), lambda: measure(layer, "cuda", "bfloat16", BUDGET_S))
+    publish(rows[provider])

@@ -1,0 +1,255 @@
+"""The bench: its gate, clock and files, and a tiny run of `pytest bench/` with a wrong provider among others."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+
+from bench import groups, layers, providers, record, report, timing
+from bench.groups import Group
+from bench.record import NO_CUDA, Row
+from resnet_triton.kernels.config import KERNELS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PLANTED = """
+from bench import providers
+
+def wrong(model, x, dtype):
+    call = providers.ours(model, x, dtype)
+    return lambda: call() * 1.001
+
+providers.PROVIDERS.append(providers.Provider("ours planted", wrong, ours=True, devices=("cpu",)))
+"""
+
+
+def run_bench(tmp_path: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """A smoke run of the bench in a process of its own, as a user starts it."""
+    command = [sys.executable, "-m", "pytest", *args, "-p", "no:cacheprovider"]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    settings = {"RESNET_TRITON_BENCH": "smoke", "RESNET_TRITON_BENCH_RESULTS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    settings["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run(
+        command, cwd=ROOT, env=inherited | settings | env, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_wrong_provider_gets_no_speed_and_fails_and_the_others_are_measured(tmp_path):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    stats = tmp_path / "stats.json"
+    done = run_bench(
+        tmp_path, "bench/test_models.py", "-p", "planted", f"--benchmark-json={stats}", PYTHONPATH=path, CXX="missing"
+    )
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed" in done.stdout
+    rows, env = record.load(tmp_path / "cpu" / "partial.json")
+    assert not (tmp_path / "cpu" / "latest.json").exists()
+    by_name = {(row.provider, row.device): row for row in rows}
+    wrong = by_name["ours planted", "cpu"]
+    assert wrong.status.startswith("WRONG: error")
+    assert wrong.samples == [] and wrong.infer_samples_per_sec is None and wrong.speedup is None
+    for name in ("eager", "eager channels_last", "ours", "ours folded"):
+        assert by_name[name, "cpu"].status == "ok" and by_name[name, "cpu"].rounds >= 3
+    assert by_name["torch.compile", "cpu"].status == "needs g++"
+    assert len({row.rounds for row in rows if row.status == "ok"}) == 1
+    assert env["torch"] == torch.__version__
+
+    table = done.stdout[done.stdout.index("throughput and accuracy") :]
+    (planted,) = (line for line in table.splitlines() if "ours planted  " in line)
+    assert planted.split("ours planted")[1].strip() == wrong.status
+    (eager,) = (line for line in table.splitlines() if "float32   eager  " in line)
+    assert "1.00x" in eager
+    assert "needs g++" in table and NO_CUDA in table
+
+    for row in rows:  # nothing but a prediction on a row that no GPU measured
+        if row.device == "cuda":
+            assert row.status == NO_CUDA
+            assert row.infer_samples_per_sec is row.infer_step_time is row.error is row.tflops is None
+            assert (row.predicted_step_time is None) == (row.predicted_for is None)
+
+    kept = {bench["extra_info"]["provider"]: bench for bench in json.loads(stats.read_text())["benchmarks"]}
+    assert set(kept) == {"eager", "eager channels_last", "ours", "ours folded"}
+    ours = by_name["ours", "cpu"]
+    assert kept["ours"]["stats"]["data"] == ours.samples
+    assert kept["ours"]["group"] == "resnet18 batch 1 float32"
+
+
+def test_the_bench_refuses_interpreter_and_workers(tmp_path):
+    done = run_bench(tmp_path, "bench/", TRITON_INTERPRET="1")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "unset TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "eager", "dtype", "ours", "right"),
+    [
+        (2e-6, 1e-6, "float32", True, True),
+        (2.1e-6, 1e-6, "float32", True, False),
+        (9e-6, 1e-6, "float32", False, True),
+        (11e-6, 1e-6, "float32", False, False),
+        (2e-3, 0.0, "bfloat16", True, True),  # half a unit in the last place
+        (5e-3, 1e-3, "bfloat16", True, False),
+        (float("inf"), float("inf"), "float16", True, False),
+    ],
+)
+def test_gate(error, eager, dtype, ours, right):
+    assert groups.gate(error, eager, dtype, ours).startswith("ok" if right else "WRONG")
+
+
+def test_relative_error():
+    exact = torch.tensor([[1.0, -4.0]], dtype=torch.float64)
+    assert groups.relative_error(exact.float() + 0.5, exact) == 0.125
+    assert groups.relative_error(exact.float() * float("nan"), exact) == float("inf")
+    assert groups.relative_error(exact.float()[:, :1], exact) == float("inf")
+
+
+def test_calls_are_interleaved_and_the_first_one_rotates():
+    order, made = [], iter(range(1000))
+
+    def clock(call):
+        order.append(call())
+        return timing.Sample(float(next(made)))
+
+    calls = {name: (lambda name=name: name) for name in "abc"}
+    samples = timing.interleave(calls, clock, 0.0, warmup=1, min_rounds=4)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert [s.seconds for s in samples["a"]] == [3, 8, 10, 12]  # none of the warm-up
+    assert {len(found) for found in samples.values()} == {4}
+
+
+def test_rounds_follow_the_budget():
+    samples = timing.interleave({"a": lambda: None}, timing.cpu_clock, 60.0, max_rounds=7)
+    assert len(samples["a"]) == 7
+    assert timing.interleave({}, timing.cpu_clock, 1.0) == {}
+
+
+def test_other_processes_are_noticed():
+    if timing.busy_seconds() is None:
+        return  # no /proc/stat: nothing is claimed, which the report shows as an empty cell
+    with timing.Bystanders() as bystanders:
+        subprocess.run([sys.executable, "-c", "s = sum(range(10**8))"], check=True)
+    assert bystanders.share is not None and bystanders.share > 0.5 / len(os.sched_getaffinity(0))
+
+
+def test_percentiles():
+    assert timing.percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    measured = Row("models", "cpu", "ours", "resnet18", "float32", infer_batch_size=2, infer_gmacs=1.5)
+    groups.fill_times(measured, [timing.Sample(s) for s in (0.01, 0.02, 0.04)])
+    missing = Row("models", "cpu", "torch.compile", "resnet18", "float32", "needs g++", infer_batch_size=2)
+    gpu = [Row("models", "cuda", name, "resnet18", "bfloat16", NO_CUDA, infer_batch_size=2) for name in "abc"]
+    gpu[0].predicted_step_time, gpu[0].predicted_for = 1.25, "NVIDIA H200"
+    return [measured, missing, *gpu]
+
+
+def test_throughput(rows):
+    assert rows[0].infer_samples_per_sec == pytest.approx(100)
+    assert rows[0].infer_step_time == pytest.approx(20)
+    assert rows[0].tflops == pytest.approx(2 * 1.5 * 100 / 1e3)
+
+
+def test_files_are_written_and_read_again(rows, tmp_path):
+    env = record.environment()
+    path = record.save(tmp_path / record.folder_name("NVIDIA H200 (a/b)"), rows, env)
+    assert path.parent.name == "NVIDIA_H200_a_b_"
+    assert record.load(path) == (rows, env)
+    with path.with_suffix(".csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert float(table[0]["infer_samples_per_sec"]) == pytest.approx(100)
+    assert table[1]["infer_samples_per_sec"] == "" and table[1]["status"] == "needs g++"
+    assert {"infer_step_time", "infer_batch_size", "infer_img_size", "param_count", "infer_gmacs"} <= set(table[0])
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": 0}', '{"format": 1, "rows": [{"a": 1}], "environment": {}}'])
+def test_a_foreign_file_is_named(tmp_path, text):
+    (tmp_path / "latest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"latest\.json is no result of this bench"):
+        record.load(tmp_path / "latest.json")
+
+
+def test_tables(rows):
+    env = record.environment()
+    assert report.busy(rows) is None
+    rows[0].others_cpu = 0.4
+    text = "\n".join(report.terminal(rows, env))
+    assert (
+        "100" in text
+        and "needs g++" in text
+        and "while 1 of 1 rows were timed, other processes took up to 40% of its cores" in text
+    )
+    assert "not measured: no CUDA device; predicted 1.25 ms on NVIDIA H200" in text
+    assert "b; c" in text, "rows without a prediction share a line"
+    assert "top-1" not in text.split("images/s from")[0], "empty columns are left out"
+    page = report.page([(rows, env)])
+    assert page.startswith("<!-- Generated by")
+    width = {line.count("|") for line in page.splitlines() if line.startswith("|")}
+    assert len(width) == 1
+
+
+def test_report_command(rows, tmp_path, capsys):
+    page = tmp_path / "docs" / "performance.md"
+    assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 1
+    record.save(tmp_path / "cpu", rows, record.environment())
+    assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 0
+    assert "resnet18" in page.read_text() and "resnet18" in capsys.readouterr().out
+
+
+def test_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert providers.no_cxx_compiler("cpu") == "needs g++"
+    assert providers.no_cxx_compiler("cuda") is None
+    monkeypatch.setenv("CXX", sys.executable)
+    assert providers.no_cxx_compiler("cpu") is None
+
+
+def test_bfloat16_only_where_the_cpu_has_it(monkeypatch):
+    monkeypatch.setattr(providers, "cpu_has_bfloat16", lambda: False)
+    assert providers.weak_dtype("cpu", "bfloat16").startswith("not measured: this CPU emulates")
+    assert providers.weak_dtype("cpu", "float32") is None
+    assert providers.weak_dtype("cuda", "bfloat16") is None
+
+
+def test_a_failing_peer_is_a_row_and_not_an_error(monkeypatch):
+    def broken(model, x, dtype):
+        raise RuntimeError("no\nidea")
+
+    peer = providers.Provider("peer", broken)
+    monkeypatch.setattr(providers, "PROVIDERS", [providers.EAGER, peer])
+    rows = groups.measure(Group("cpu", "resnet18", 1, 32, ("float32",), 0.0))
+    assert rows["float32", "peer"].status == "failed: RuntimeError: no"
+    assert rows["float32", "eager"].rounds == 3
+    assert rows["float32", "eager"].param_count == pytest.approx(11.69, abs=0.01)
+
+
+def test_every_kernel_has_a_row():
+    found = {layer.kernel for layer in layers.kernel_layers(256, few=True)}
+    assert found == {*KERNELS, "stem", "max_pool", "head", "add_relu", "fold_bn"}
+    assert len(layers.kernel_layers(256, few=False)) >= 24
+
+
+def test_a_kernel_without_a_gpu_has_a_prediction_only():
+    (layer,) = [layer for layer in layers.kernel_layers(256, few=True) if layer.kernel == "conv1x1"]
+    row = layers.unmeasured(layer, "bfloat16")
+    assert row.status == NO_CUDA and row.infer_step_time is None and row.predicted_for == "NVIDIA H200"
+    assert 0 < row.predicted_step_time < 10
+
+
+def test_a_step_on_the_cpu_is_checked_and_timed():
+    (layer,) = layers.conv_layers(1, ("layer4.1.conv2",))
+    rows = layers.measure(layer, "cpu", "float32", 0.0)
+    assert set(rows) == {layers.EAGER, layers.OURS, layers.FOLDED}
+    assert all(row.status == "ok" and row.rounds == 3 for row in rows.values())
