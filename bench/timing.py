@@ -27,7 +27,7 @@ class Percentiles(NamedTuple):
 
 
 class Bystanders:
-    """Within the block: how much of this process's cores other processes took, as :attr:`share` (None where unknown)."""
+    """Within the block: which share of this process's cores other processes took (``share``; None where unknown)."""
 
     share: float | None = None
 
