@@ -84,12 +84,14 @@ class Plan:
         device: the device planned for.
         dtype: dtype of the activations.
         input_shape: of the images.
+        backward: what computes the gradients of these steps.
     """
 
     rows: tuple[Row, ...]
     device: str
     dtype: str
     input_shape: tuple[int, ...]
+    backward: str
 
     @property
     def bytes_per_image(self) -> float:
@@ -103,7 +105,7 @@ class Plan:
         return sum(us for us in known if us) if any(known) else None
 
     def to_json(self) -> str:
-        """The plan as JSON: device, dtype, input_shape, rows."""
+        """The plan as JSON: device, dtype, input_shape, backward, rows."""
         return json.dumps(asdict(self), indent=1)
 
     def plot(self, path: str | Path) -> None:
@@ -133,6 +135,7 @@ class Plan:
             f"{len(self.rows)} steps, {own} on this package's kernels; "
             f"{self.bytes_per_image / 1e6:.1f} MB an image on {self.device}, {self.dtype}"
         )
+        table.append(f"backward: {self.backward}")
         return "\n".join(line.rstrip() for line in table)
 
 
@@ -248,4 +251,5 @@ def explain(
         x = torch.empty(shape, dtype=dtype, device=first.device)
         with tracer:
             torch.func.functional_call(model, fakes, (x,))
-    return Plan(tuple(tracer.rows), target.name, str(dtype).removeprefix("torch."), shape)
+    backward = f"{library_of(target)}: PyTorch's operators, behind the autograd.Functions of the fused steps"
+    return Plan(tuple(tracer.rows), target.name, str(dtype).removeprefix("torch."), shape, backward)

@@ -242,7 +242,7 @@ def test_json_has_every_row() -> None:
     plan = explain(small(), (2, 3, 64, 64), dtype=torch.bfloat16, device=H200)
     data = json.loads(plan.to_json())
     rows = tuple(Row(**row) for row in data["rows"])
-    assert Plan(rows, data["device"], data["dtype"], tuple(data["input_shape"])) == plan
+    assert Plan(rows, data["device"], data["dtype"], tuple(data["input_shape"]), data["backward"]) == plan
 
 
 def test_the_table_has_every_row_and_a_sum() -> None:
@@ -302,3 +302,8 @@ def test_parts_and_getters() -> None:
     assert "layer1.1.conv3" in names and "layer3.0.conv3" in names and not any("layer4" in n for n in names)
     basic = explain(convert(basics(dtype=torch.float32)), (2, 3, 64, 64), device=H200)
     assert len(convolutions(basic)) == 1 + 5 * 2 + 3
+
+
+def test_the_backward_is_named() -> None:
+    plan = explain(convert(tv.resnet18()), (1, 3, 64, 64), device="NVIDIA H200")
+    assert plan.backward.startswith("cudnn") and f"backward: {plan.backward}" in str(plan)
