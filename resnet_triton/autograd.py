@@ -84,16 +84,11 @@ class ConvBNAct(Function):
         ctx.save_for_backward(x, weight, *vectors, output if relu else None)
 
     @staticmethod
-    def gradients(ctx, grad):
-        """The backward itself; also registered for the op."""
+    def backward(ctx, grad):
         x, weight, *vectors, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grads, residual = conv_backward(grad, x, weight, vectors, y, ctx.eps, ctx.geometry, needs[:5])
         return *grads, None, None, (residual if needs[7] else None), None, None, None, None, None
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return ConvBNAct.gradients(ctx, *grads)
 
 
 def _tail_backward(grads, t, shortcut, units, eps, geometry, y, y_next, needs):
@@ -200,8 +195,7 @@ class Stem(Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def gradients(ctx, grad):
-        """The backward itself; also registered for the op."""
+    def backward(ctx, grad):
         x, weight, *vectors, norm_mean, norm_std = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         image = reference.normalise(x, norm_mean, norm_std, weight.dtype)
@@ -216,10 +210,6 @@ class Stem(Function):
             d_x = (d_x / norm_std[:, None, None]).to(x.dtype)
         return d_x, *d_params, None, None, None, None, None, None
 
-    @staticmethod
-    def backward(ctx, *grads):
-        return Stem.gradients(ctx, *grads)
-
 
 class Head(Function):
     """Global average pool and fully connected layer; arguments as ``torch.ops.resnet_triton.head``."""
@@ -233,8 +223,7 @@ class Head(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def gradients(ctx, grad):
-        """The backward itself; also registered for the op."""
+    def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         d_x = d_weight = d_bias = None
@@ -246,10 +235,6 @@ class Head(Function):
         if need_bias and bias is not None:
             d_bias = grad.sum(0)
         return d_x, d_weight, d_bias
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return Head.gradients(ctx, *grads)
 
 
 class FoldBN(Function):
@@ -265,8 +250,7 @@ class FoldBN(Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def gradients(ctx, d_folded, d_shift):
-        """The backward itself; also registered for the op."""
+    def backward(ctx, d_folded, d_shift):
         weight, bias, gamma, beta, mean, var = ctx.saved_tensors
         scale, _ = reference.scale_shift(None, gamma, None, mean, var, ctx.eps)
         rstd = torch.rsqrt(var.to(scale.dtype) + ctx.eps)
@@ -282,10 +266,6 @@ class FoldBN(Function):
         d_beta = d_shift.to(beta.dtype) if beta is not None else None
         return d_weight, d_bias, d_gamma, d_beta, None, None, None
 
-    @staticmethod
-    def backward(ctx, *grads):
-        return FoldBN.gradients(ctx, *grads)
-
 
 class AddReLU(Function):
     """``relu(x + y)``."""
@@ -299,15 +279,10 @@ class AddReLU(Function):
         ctx.save_for_backward(output)
 
     @staticmethod
-    def gradients(ctx, grad):
-        """The backward itself; also registered for the op."""
+    def backward(ctx, grad):
         (out,) = ctx.saved_tensors
         d = torch.ops.aten.threshold_backward(grad, out, 0)
         return d, d
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return AddReLU.gradients(ctx, *grads)
 
 
 # Calling the operators directly (as an exported program does) differentiates too.
@@ -319,5 +294,5 @@ for _name, _function in (
     ("add_relu", AddReLU),
 ):
     torch.library.register_autograd(
-        f"resnet_triton::{_name}", _function.gradients, setup_context=_function.setup_context
+        f"resnet_triton::{_name}", _function.backward, setup_context=_function.setup_context
     )
