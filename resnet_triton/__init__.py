@@ -9,7 +9,18 @@ from .backend import use_backend
 from .convert import convert, fold, unconvert
 from .explain import explain
 from .info import info
-from .models import resnet18, resnet34, resnet50, resnet101, resnet152
+from .models import (
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 
 __all__ = [
     "__version__",
@@ -23,6 +34,11 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
     "unconvert",
     "use_backend",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,11 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
 ]
 
 #: What ``weights=`` of a builder accepts; see :func:`resnet_triton.weights.load_weights`. ``Any`` stands for
@@ -330,9 +335,34 @@ def _initialise(model: nn.Module, zero_init_residual: bool) -> None:
                     nn.init.zeros_(gamma)
 
 
-def resnet18(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18, converted: 11.7 M parameters, 1.8 GMAC at 224 px.
+class Builder(Protocol):
+    """A function that builds one converted network; arguments as :func:`resnet18`."""
 
+    __name__: str
+
+    def __call__(self, *, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet: ...
+
+
+def _builder(
+    name: str, size: str, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, ...], **fixed: int
+) -> Builder:
+    """The public function ``name``; arguments in ``fixed`` belong to the architecture."""
+
+    def build(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet:
+        for parameter, value in fixed.items():
+            if kwargs.setdefault(parameter, value) != value:
+                raise ValueError(
+                    f"The parameter '{parameter}' expected value {value} but got {kwargs[parameter]} instead: "
+                    f"it makes the network a {name}. Leave it out, or build another network."
+                )
+        return _resnet(block, layers, weights, progress, kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"``{name}``, converted: {size} at 224 px.\n{_ARGUMENTS}"
+    return build
+
+
+_ARGUMENTS = """
     Args:
         weights: None for random ones; a torchvision weights enum member or its name (``"DEFAULT"``), which
             downloads; a state_dict; the path of a ``.pth``, ``.pt`` or ``.safetensors`` file.
@@ -341,29 +371,47 @@ def resnet18(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -
 
     Raises:
         ValueError, FileNotFoundError: for ``weights`` that cannot be loaded, see
-            :mod:`resnet_triton.weights`; for arguments that :class:`ResNet` refuses.
+            :mod:`resnet_triton.weights`; for arguments that :class:`ResNet` or the architecture refuses.
     """
-    return _resnet("ResNet18_Weights", BasicBlock, (2, 2, 2, 2), weights, progress, kwargs)
 
+resnet18 = _builder("resnet18", "11.7 M parameters, 1.8 GMAC", BasicBlock, (2, 2, 2, 2))
+resnet34 = _builder("resnet34", "21.8 M parameters, 3.7 GMAC", BasicBlock, (3, 4, 6, 3))
+resnet50 = _builder("resnet50", "25.6 M parameters, 4.1 GMAC", Bottleneck, (3, 4, 6, 3))
+resnet101 = _builder("resnet101", "44.5 M parameters, 7.8 GMAC", Bottleneck, (3, 4, 23, 3))
+resnet152 = _builder("resnet152", "60.2 M parameters, 11.5 GMAC", Bottleneck, (3, 8, 36, 3))
+wide_resnet50_2 = _builder(
+    "wide_resnet50_2", "68.9 M parameters, 11.4 GMAC", Bottleneck, (3, 4, 6, 3), width_per_group=128
+)
+wide_resnet101_2 = _builder(
+    "wide_resnet101_2", "126.9 M parameters, 22.8 GMAC", Bottleneck, (3, 4, 23, 3), width_per_group=128
+)
+# The grouped 3x3 convolutions, and so the blocks, of a ResNeXt run on PyTorch's operators; its stem and head run fused.
+resnext50_32x4d = _builder(
+    "resnext50_32x4d", "25.0 M parameters, 4.2 GMAC", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4
+)
+resnext101_32x8d = _builder(
+    "resnext101_32x8d", "88.8 M parameters, 16.4 GMAC", Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8
+)
+resnext101_64x4d = _builder(
+    "resnext101_64x4d", "83.5 M parameters, 15.5 GMAC", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4
+)
 
-def resnet34(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34, converted: 21.8 M parameters, 3.7 GMAC at 224 px. Arguments as :func:`resnet18`."""
-    return _resnet("ResNet34_Weights", BasicBlock, (3, 4, 6, 3), weights, progress, kwargs)
-
-
-def resnet50(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 (v1.5), converted: 25.6 M parameters, 4.1 GMAC at 224 px. Arguments as :func:`resnet18`."""
-    return _resnet("ResNet50_Weights", Bottleneck, (3, 4, 6, 3), weights, progress, kwargs)
-
-
-def resnet101(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101 (v1.5), converted: 44.5 M parameters, 7.8 GMAC at 224 px. Arguments as :func:`resnet18`."""
-    return _resnet("ResNet101_Weights", Bottleneck, (3, 4, 23, 3), weights, progress, kwargs)
-
-
-def resnet152(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152 (v1.5), converted: 60.2 M parameters, 11.5 GMAC at 224 px. Arguments as :func:`resnet18`."""
-    return _resnet("ResNet152_Weights", Bottleneck, (3, 8, 36, 3), weights, progress, kwargs)
+#: The ImageNet networks, by name.
+BUILDERS: dict[str, Builder] = {
+    build.__name__: build
+    for build in (
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        wide_resnet50_2,
+        wide_resnet101_2,
+        resnext50_32x4d,
+        resnext101_32x8d,
+        resnext101_64x4d,
+    )
+}
 
 
 def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, *, weights: Weights = None) -> CifarResNet:
@@ -389,16 +437,16 @@ def mnist5k_resnet20() -> CifarResNet:
 
 
 def _resnet(
-    enum: str,
     block: type[BasicBlock] | type[Bottleneck],
     layers: tuple[int, ...],
     weights: Weights,
     progress: bool,
     kwargs: dict[str, Any],
 ) -> ResNet:
-    from .weights import named_weights
+    from .weights import ENUMS, named_weights
 
-    named = named_weights(enum, weights)
+    shape = (block is Bottleneck, layers, kwargs.get("groups", 1), kwargs.get("width_per_group", 64))
+    named = named_weights(ENUMS.get(shape), weights)
     if named is not None:
         weights = named
         classes = len(named.meta["categories"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 EXTENSIONS = (".pth", ".pt", ".safetensors")
 
 #: torchvision's enum for each architecture: (bottleneck, blocks of the stages, groups, width_per_group).
-_ENUMS = {
+ENUMS = {
     (False, (2, 2, 2, 2), 1, 64): "ResNet18_Weights",
     (False, (3, 4, 6, 3), 1, 64): "ResNet34_Weights",
     (True, (3, 4, 6, 3), 1, 64): "ResNet50_Weights",
@@ -143,7 +143,7 @@ def _enum_name(model: nn.Module) -> str | None:
     bottleneck = hasattr(stages[0][0], "conv3")  # type: ignore[index]
     depths = tuple(len(stage) for stage in stages)  # type: ignore[arg-type]
     groups, width = getattr(model, "groups", 1), getattr(model, "base_width", 64)
-    return _ENUMS.get((bottleneck, depths, groups, width))  # type: ignore[arg-type]
+    return ENUMS.get((bottleneck, depths, groups, width))  # type: ignore[arg-type]
 
 
 def _download(named: Any, progress: bool) -> Mapping[str, Any]:

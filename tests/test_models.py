@@ -5,15 +5,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import pickle
 
 import pytest
 import torch
+import torchvision
 import torchvision.models.resnet as tv
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+import resnet_triton
 from resnet_triton import models
 from resnet_triton.models import BasicBlock, Bottleneck, CifarResNet, ResNet
+from resnet_triton.weights import _enum_name, named_weights
+from tests import comparers
 
 LAYERS = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -63,6 +68,47 @@ def test_same_seed_gives_torchvisions_network_and_logits(name: str) -> None:
         torch.testing.assert_close(built.eval()(x), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", models.BUILDERS)
+def test_every_builder_makes_torchvisions_architecture(name: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = models.BUILDERS[name]().eval(), torchvision.models.get_model(name).eval()
+        assert ours(images(1)).shape == (1, 1000)
+    shapes = [{key: tuple(value.shape) for key, value in model.state_dict().items()} for model in (ours, theirs)]
+    assert shapes[0] == shapes[1] and list(shapes[0]) == list(shapes[1])
+    settings = [[(n, m.extra_repr()) for n, m in model.named_modules()] for model in (ours, theirs)]
+    assert settings[0] == settings[1]
+    # The figures of the docstring, and the weights that torchvision has for it.
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    millions, gmacs = weights.meta["num_params"] / 1e6, weights.meta["_ops"]
+    assert f"{millions:.1f} M parameters, {gmacs:.1f} GMAC" in str(models.BUILDERS[name].__doc__)
+    assert named_weights(_enum_name(ours), "DEFAULT") is weights
+
+
+def test_a_builder_keeps_what_makes_its_architecture() -> None:
+    with torch.device("meta"):
+        assert models.resnext50_32x4d(groups=32, width_per_group=4, num_classes=3).fc.out_features == 3
+        for name, kwargs in (("resnext50_32x4d", {"groups": 64}), ("wide_resnet50_2", {"width_per_group": 64})):
+            parameter = next(iter(kwargs))
+            for build in (models.BUILDERS[name], getattr(torchvision.models, name)):
+                with pytest.raises(ValueError, match=rf"'{parameter}' expected value \d+ but got 64"):
+                    build(**kwargs)
+
+
+@pytest.mark.parametrize("option", ["resnext", "wide"])
+def test_converted_grouped_and_wide_networks(option: str) -> None:
+    ours, theirs = pair(Bottleneck, [1, 1, 1, 1], num_classes=5, **OPTIONS[option][1])
+    converted = resnet_triton.convert(ours.double().eval())
+    x = images(1).double()
+    with torch.no_grad():
+        comparers.same_math(converted(x), theirs.double().eval()(x))
+    plan = resnet_triton.explain(converted, (2, 3, 64, 64), device="NVIDIA H200", dtype=torch.bfloat16)
+    rows = [row for row in plan.rows if row.name.endswith(".conv2")]
+    assert len(rows) == 4
+    grouped = ["conv2 has groups=32; fused blocks support groups=1" in row.reason for row in rows]
+    assert grouped == [option == "resnext"] * 4
+    assert option == "wide" or {row.realisation for row in rows} == {"cudnn"}
+
+
 OPTIONS = {
     "zero_init": (Bottleneck, {"zero_init_residual": True}),
     "zero_init_basic": (BasicBlock, {"zero_init_residual": True}),
@@ -110,8 +156,11 @@ def test_signatures_are_torchvisions() -> None:
     for ours, theirs in ((ResNet, tv.ResNet), (BasicBlock, tv.BasicBlock), (Bottleneck, tv.Bottleneck)):
         a, b = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
         assert [(p.name, p.kind, p.default) for p in a.values()] == [(p.name, p.kind, p.default) for p in b.values()]
-    for name in LAYERS:
-        a = inspect.signature(getattr(models, name)).parameters
+    for name, build in models.BUILDERS.items():
+        assert build is getattr(resnet_triton, name) and build.__name__ == name
+        assert build.__doc__ and "weights:" in build.__doc__
+        assert pickle.loads(pickle.dumps(build)) is build
+        a = inspect.signature(build).parameters
         assert [p.name for p in a.values()] == ["weights", "progress", "kwargs"]
         assert a["weights"].kind is a["progress"].kind is inspect.Parameter.KEYWORD_ONLY
     # Read by detection and segmentation code.
