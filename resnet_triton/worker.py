@@ -1,25 +1,28 @@
-"""A process that works through a queue of rows: `python -m bench.gpu.worker --handler module:function ...`.
+"""A process that works through a queue of rows; :mod:`.rows` starts it.
 
 Reads the rows as a JSON list from stdin. Every row is noted in the journal before it starts, so when the process dies
-the driver (:mod:`.rows`) knows which one killed it. A row that leaves the GPU unusable ends the process with
-:data:`LOST`.
+the driver knows which one killed it. A row that leaves the GPU unusable ends the process with :data:`LOST`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resnet_triton.journal import INTERRUPTED, Journal
+from .journal import INTERRUPTED, Journal
 
 LOST = 70  # exit code: the device is unusable for this process
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 Handler = Callable[[dict[str, Any], Journal], dict[str, Any]]
 
@@ -28,6 +31,13 @@ def resolve(name: str) -> Handler:
     """The function that ``"module:function"`` names."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
+
+
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when its parent dies, even by SIGKILL; elsewhere it ends after its row."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def device_state() -> str:
@@ -44,7 +54,7 @@ def device_state() -> str:
 
 def run_row(row: dict[str, Any], handler: Handler, journal: Journal) -> bool:
     """Runs one row and notes how it ended; False when this process must not go on."""
-    from resnet_triton.tuner import DeviceLost
+    from .tuner import DeviceLost
 
     key = row["key"]
     journal.start(key, row["limit_s"], kernel=row["kernel"], config=row["config"])
@@ -65,16 +75,18 @@ def run_row(row: dict[str, Any], handler: Handler, journal: Journal) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Works through the rows of stdin."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--handler", required=True, help="module:function that runs a row")
     parser.add_argument("--journal", required=True, type=Path)
     parser.add_argument("--code", default="", help="hash of the code, noted in the journal")
     parser.add_argument("--name", default="", help="this worker's name in the journal")
     options = parser.parse_args(argv)
+    parent = os.getppid()
+    die_with_parent()
     rows = json.load(sys.stdin)
     journal = Journal(options.journal, options.code, options.name)
     handler = resolve(options.handler)
-    parent = os.getppid()
     for row in rows:
         if os.getppid() != parent:  # the driver is gone
             return 1
@@ -84,7 +96,3 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.flush()
             os._exit(LOST)  # the usual exit would wait for the device
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
