@@ -12,20 +12,22 @@ from typing import Any
 
 import pytest
 
-from bench import report
-from bench.record import FAILED, OK, RESULTS, WRONG, Row, environment, folder_name, save
+from bench import RESULTS, report
+from resnet_triton.compare import Watch
+from resnet_triton.results import FAILED, OK, WRONG, Row, environment, folder_name, save
 
 #: RESNET_TRITON_BENCH=smoke: a tiny run that shows that everything works, and measures nothing worth keeping.
 SMOKE = os.environ.get("RESNET_TRITON_BENCH") == "smoke"
 OURS = ("ours", "our kernels")
 
 
-class Lab:
-    """The rows of this run, and what was measured already."""
+class Lab(Watch):
+    """The rows of this run, what was measured already, and what else its reader must know."""
 
     def __init__(self) -> None:
         self.environment = environment()
         self.rows: list[Row] = []
+        self.said: list[str] = []
         self._measured: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, measure: Callable[[], Any]) -> Any:
@@ -39,6 +41,10 @@ class Lab:
         if isinstance(found, Exception):
             raise found
         return found
+
+    def say(self, text: str) -> None:
+        """Keeps it for the end of the run."""
+        self.said.append(text)
 
     def write(self, folder: Path, complete: bool) -> Path | None:
         """Writes the results: ``latest`` for a whole run, ``partial`` for a selection of rows."""
@@ -128,6 +134,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     terminalreporter.section("resnet-triton bench" + (" (smoke: not a measurement)" if SMOKE else ""))
     for line in report.terminal(lab.rows, lab.environment):
         terminalreporter.write_line(line, red=WRONG in line)
+    for text in lab.said:
+        terminalreporter.write_line(text, yellow=True)
     terminalreporter.write_line(f"written to {path} and .csv")
 
 

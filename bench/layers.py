@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import functional, reference
+from resnet_triton.compare import PREDICT_FOR, Watch, fill_times, gate, halving, relative_error
 from resnet_triton.kernels.config import Epilogue
 from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.providers import DTYPES
+from resnet_triton.results import NO_CUDA, OK, Row, device_name
 from resnet_triton.shapes import BN_RELU, resnet_convs
-
-from .groups import PREDICT_FOR, fill_times, gate, relative_error
-from .providers import DTYPES
-from .record import NO_CUDA, OK, Row, device_name
-from .timing import Bystanders, clock_for, interleave
+from resnet_triton.timing import Bystanders, clock_for, interleave
 
 EPS = 1e-5
 EAGER, OURS, FOLDED = "eager passes", "ours", "ours folded"
@@ -38,6 +37,7 @@ class Layer:
         folded: the step on the folded tensors, where :attr:`fold` makes them.
         batch: images, None for a step on weights.
         macs: multiply-adds.
+        remake: the same step for another batch.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Layer:
     batch: int | None
     macs: int = 0
     folded: Callable[..., Tensor] | None = None
+    remake: Callable[[int], Layer] | None = None
 
     def tensors(self, fill: bool = True) -> list[Tensor]:
         """Float32 tensors on the CPU: random, with positive vectors, or (``fill=False``) not even touched memory."""
@@ -111,7 +112,11 @@ def conv_layer(name: str, shape: ConvShape, epilogue: Epilogue, kernel: str) -> 
     )
     shapes += (out,) if epilogue.residual else ()
     title = f"{name} {shape} {epilogue}"
-    return Layer(title, kernel, shapes, ours, eager, shape.n, shape.macs, folded)
+
+    def remake(batch: int) -> Layer:
+        return conv_layer(name, replace(shape, n=batch), epilogue, kernel)
+
+    return Layer(title, kernel, shapes, ours, eager, shape.n, shape.macs, folded, remake)
 
 
 def conv_layers(batch: int, names: tuple[str, ...] | None = None) -> list[Layer]:
@@ -128,8 +133,7 @@ def other_layers(batch: int) -> list[Layer]:
     """What is no convolution of a block: stem, pooling, head, small ops, and a convolution that no TMA can describe."""
     cifar = ConvShape(batch, 32, 32, 3, 16, 3, 3, 1, 1)
     vectors = [(64,)] * 4
-    return [
-        conv_layer("CIFAR stem", cifar, BN_RELU, "conv_pointer"),
+    layers = [
         Layer(
             "stem", "stem", ((batch, 3, 224, 224), (64, 3, 7, 7), *vectors),
             lambda x, w, *bn: functional.stem(x, w, None, *_four(bn), eps=EPS, pool=False),
@@ -154,6 +158,12 @@ def other_layers(batch: int) -> list[Layer]:
             None,
         ),
     ]  # fmt: skip
+
+    def again(name: str) -> Callable[[int], Layer]:
+        return lambda batch: next(layer for layer in other_layers(batch) if layer.name == name)
+
+    layers = [replace(layer, remake=again(layer.name)) if layer.batch else layer for layer in layers]
+    return [conv_layer("CIFAR stem", cifar, BN_RELU, "conv_pointer"), *layers]
 
 
 def kernel_layers(batch: int, few: bool) -> list[Layer]:
@@ -181,8 +191,26 @@ def unmeasured(layer: Layer, dtype: str) -> Row:
     return row
 
 
-def measure(layer: Layer, device: str, dtype: str, budget_s: float) -> dict[str, Row]:
-    """Rows of one step by provider: checked against float64, then timed interleaved."""
+def measure(layer: Layer, device: str, dtype: str, budget_s: float, watch: Watch | None = None) -> dict[str, Row]:
+    """Rows of one step by provider: checked against float64, then timed interleaved. Half the batch if it is too large.
+
+    Args:
+        layer: the step.
+        device, dtype: ``"cpu"`` or ``"cuda"``, a name of :data:`resnet_triton.providers.DTYPES`.
+        budget_s: seconds to spend on timing.
+        watch: hears of a batch that was halved; the names of the rows show the new one.
+    """
+    remake = layer.remake
+    if layer.batch is None or remake is None:
+        return _measure(layer, device, dtype, budget_s)
+
+    def tell(text: str) -> None:
+        (watch or Watch()).say(f"{layer.name}: {text}")
+
+    return halving(layer.batch, lambda batch: _measure(remake(batch), device, dtype, budget_s), tell)
+
+
+def _measure(layer: Layer, device: str, dtype: str, budget_s: float) -> dict[str, Row]:
     torch.manual_seed(0)
     tensors = [x.to(device, DTYPES[dtype]) for x in layer.tensors()]
     calls: dict[str, Callable[[], Tensor]] = {

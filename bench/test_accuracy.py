@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import data
+from bench import RESULTS, data
 from bench.conftest import SMOKE
-from bench.groups import MNIST_MODEL, Group, build_model, gate, measure, relative_error
-from bench.providers import Provider
-from bench.record import FAILED, RESULTS, Row
+from bench.groups import MNIST_MODEL, build_model, measure
+from resnet_triton.compare import Group, Watch, gate, relative_error
+from resnet_triton.providers import Provider
+from resnet_triton.results import FAILED, Row
 
 CUDA = torch.cuda.is_available()
 IMAGES = 50 if SMOKE else 1000
@@ -27,19 +28,20 @@ else:
 
 
 def accuracy(row: Row, logits: Tensor, labels: Tensor, eager: Tensor) -> None:
-    """Fills in top-1 accuracy, and agreement with float32 eager's classes."""
+    """Fills in top-1 accuracy, and agreement with float32 eager's classes, on the images that ``logits`` are of."""
     found = logits.argmax(1).cpu()
+    labels, eager = labels[: len(found)], eager[: len(found)]
     row.accuracy = (found == labels).double().mean().item()
     row.agreement = (found == eager.argmax(1).cpu()).double().mean().item()
     row.images = len(labels)
 
 
 @torch.inference_mode()
-def _measure() -> dict[tuple[str, str], Row]:
+def _measure(watch: Watch) -> dict[tuple[str, str], Row]:
     digits = data.mnist5k(train=False)
     labels = digits.labels[:IMAGES]
     eager = build_model(MNIST_MODEL)(digits.images[:IMAGES])
-    return measure(GROUP, lambda row, logits: accuracy(row, logits, labels, eager))
+    return measure(GROUP, lambda row, logits: accuracy(row, logits, labels, eager), watch)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def _measure() -> dict[tuple[str, str], Row]:
 )
 def test_accuracy(dtype: str, provider: Provider, lab, publish) -> None:
     """One provider in one dtype."""
-    row = lab.once(GROUP, _measure)[dtype, provider.name]
+    row = lab.once(GROUP, lambda: _measure(lab))[dtype, provider.name]
     publish(row)
     if provider.ours:
         assert row.agreement is not None

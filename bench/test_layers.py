@@ -7,7 +7,7 @@ import torch
 
 from bench.conftest import SMOKE
 from bench.layers import EAGER, FEW, FOLDED, OURS, Layer, conv_layers, kernel_layers, measure, unmeasured
-from bench.providers import weak_dtype
+from resnet_triton.providers import weak_dtype
 
 CUDA = torch.cuda.is_available()
 CPU_BATCH = 1 if SMOKE else 4
@@ -27,7 +27,7 @@ def test_cpu_layer(layer: Layer, dtype: str, provider: str, lab, publish) -> Non
     """A convolution of ResNet-50 on the CPU, with and without folded BN."""
     if reason := weak_dtype("cpu", dtype):
         pytest.skip(reason)
-    rows = lab.once((layer.name, dtype), lambda: measure(layer, "cpu", dtype, BUDGET_S))
+    rows = lab.once((layer.name, dtype), lambda: measure(layer, "cpu", dtype, BUDGET_S, lab))
     publish(rows[provider])
 
 
@@ -40,5 +40,5 @@ def test_gpu_layer(layer: Layer, provider: str, lab, publish) -> None:
     if not CUDA:
         publish(unmeasured(layer, "bfloat16"))
         return
-    rows = lab.once((layer.name, "cuda"), lambda: measure(layer, "cuda", "bfloat16", BUDGET_S))
+    rows = lab.once((layer.name, "cuda"), lambda: measure(layer, "cuda", "bfloat16", BUDGET_S, lab))
     publish(rows[provider])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench.conftest import SMOKE
-from bench.groups import Group, measure, unmeasured
-from bench.providers import Provider
+from bench.groups import measure, unmeasured
+from resnet_triton.compare import Group
+from resnet_triton.providers import Provider
 
 CUDA = torch.cuda.is_available()
 BOTH = ("float32", "bfloat16")
@@ -43,5 +44,5 @@ GROUPS = SMOKE_GROUPS if SMOKE else (() if CUDA else CPU_GROUPS) + GPU_GROUPS
 def test_model(group: Group, dtype: str, provider: Provider, lab, publish) -> None:
     """One provider on one network, batch and dtype."""
     here = group.device == "cpu" or CUDA
-    rows = lab.once(group, lambda: measure(group) if here else unmeasured(group))
+    rows = lab.once(group, lambda: measure(group, watch=lab) if here else unmeasured(group))
     publish(rows[dtype, provider.name])

@@ -15,15 +15,16 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-from bench import groups, layers, providers, record, report, timing
-from bench.groups import Group
-from bench.record import NO_CUDA, Row
+from bench import groups, layers, report
+from resnet_triton import compare, providers, results, tables, timing
+from resnet_triton.compare import Group
 from resnet_triton.kernels.config import KERNELS
+from resnet_triton.results import NO_CUDA, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 
 PLANTED = """
-from bench import providers
+from resnet_triton import providers
 
 def wrong(model, x, dtype):
     call = providers.ours(model, x, dtype)
@@ -54,7 +55,7 @@ def test_a_wrong_provider_gets_no_speed_and_fails_and_the_others_are_measured(tm
 
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed" in done.stdout
-    rows, env = record.load(tmp_path / "cpu" / "partial.json")
+    rows, env = results.load(tmp_path / "cpu" / "partial.json")
     assert not (tmp_path / "cpu" / "latest.json").exists()
     by_name = {(row.provider, row.device): row for row in rows}
     wrong = by_name["ours planted", "cpu"]
@@ -104,14 +105,14 @@ def test_the_bench_refuses_interpreter_and_workers(tmp_path):
     ],
 )
 def test_gate(error, eager, dtype, ours, right):
-    assert groups.gate(error, eager, dtype, ours).startswith("ok" if right else "WRONG")
+    assert compare.gate(error, eager, dtype, ours).startswith("ok" if right else "WRONG")
 
 
 def test_relative_error():
     exact = torch.tensor([[1.0, -4.0]], dtype=torch.float64)
-    assert groups.relative_error(exact.float() + 0.5, exact) == 0.125
-    assert groups.relative_error(exact.float() * float("nan"), exact) == float("inf")
-    assert groups.relative_error(exact.float()[:, :1], exact) == float("inf")
+    assert compare.relative_error(exact.float() + 0.5, exact) == 0.125
+    assert compare.relative_error(exact.float() * float("nan"), exact) == float("inf")
+    assert compare.relative_error(exact.float()[:, :1], exact) == float("inf")
 
 
 def test_calls_are_interleaved_and_the_first_one_rotates():
@@ -149,7 +150,7 @@ def test_percentiles():
 @pytest.fixture
 def rows() -> list[Row]:
     measured = Row("models", "cpu", "ours", "resnet18", "float32", infer_batch_size=2, infer_gmacs=1.5)
-    groups.fill_times(measured, [timing.Sample(s) for s in (0.01, 0.02, 0.04)])
+    compare.fill_times(measured, [timing.Sample(s) for s in (0.01, 0.02, 0.04)])
     missing = Row("models", "cpu", "torch.compile", "resnet18", "float32", "needs g++", infer_batch_size=2)
     gpu = [Row("models", "cuda", name, "resnet18", "bfloat16", NO_CUDA, infer_batch_size=2) for name in "abc"]
     gpu[0].predicted_step_time, gpu[0].predicted_for = 1.25, "NVIDIA H200"
@@ -163,10 +164,10 @@ def test_throughput(rows):
 
 
 def test_files_are_written_and_read_again(rows, tmp_path):
-    env = record.environment()
-    path = record.save(tmp_path / record.folder_name("NVIDIA H200 (a/b)"), rows, env)
+    env = results.environment()
+    path = results.save(tmp_path / results.folder_name("NVIDIA H200 (a/b)"), rows, env)
     assert path.parent.name == "NVIDIA_H200_a_b_"
-    assert record.load(path) == (rows, env)
+    assert results.load(path) == (rows, env)
     with path.with_suffix(".csv").open() as file:
         table = list(csv.DictReader(file))
     assert float(table[0]["infer_samples_per_sec"]) == pytest.approx(100)
@@ -177,13 +178,13 @@ def test_files_are_written_and_read_again(rows, tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", '{"format": 0}', '{"format": 1, "rows": [{"a": 1}], "environment": {}}'])
 def test_a_foreign_file_is_named(tmp_path, text):
     (tmp_path / "latest.json").write_text(text)
-    with pytest.raises(ValueError, match=r"latest\.json is no result of this bench"):
-        record.load(tmp_path / "latest.json")
+    with pytest.raises(ValueError, match=r"latest\.json is no result of a bench"):
+        results.load(tmp_path / "latest.json")
 
 
 def test_tables(rows):
-    env = record.environment()
-    assert report.busy(rows) is None
+    env = results.environment()
+    assert tables.busy(rows) is None
     rows[0].others_cpu = 0.4
     text = "\n".join(report.terminal(rows, env))
     assert (
@@ -203,7 +204,7 @@ def test_tables(rows):
 def test_report_command(rows, tmp_path, capsys):
     page = tmp_path / "docs" / "performance.md"
     assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 1
-    record.save(tmp_path / "cpu", rows, record.environment())
+    results.save(tmp_path / "cpu", rows, results.environment())
     assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 0
     assert "resnet18" in page.read_text() and "resnet18" in capsys.readouterr().out
 

@@ -18,6 +18,8 @@ from .environment import code_hash
 from .rows import ROOT, child_env, end
 
 DRY = "dry-run"  # instead of a device's name
+#: Modules of the package that compare, print and draw: a change of theirs changes no result of the checks.
+BESIDE = {"compare.py", "plot.py", "providers.py", "results.py", "tables.py", "timing.py"}
 
 
 @dataclass
@@ -33,9 +35,10 @@ class Suite:
 
     def __post_init__(self) -> None:
         kernels, package = list(ROOT.glob("kernels/*.py")), ROOT / "resnet_triton"
+        checked = [path for path in package.glob("*.py") if path.name not in BESIDE]
         here = ROOT / "bench/gpu"
         self.limits = self._journal(here / "limits.py", here / "limit_kernels.py")
-        self.checks = self._journal(*kernels, *package.glob("*.py"))
+        self.checks = self._journal(*kernels, *checked)
         self.tuning = self._journal(*kernels, package / "tuner.py", package / "measure.py")
         for record in self.checks.open():  # of a call that was killed
             self.checks.finish(record["key"], INTERRUPTED)

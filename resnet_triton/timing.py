@@ -93,6 +93,7 @@ def interleave(
     warmup: int = 1,
     min_rounds: int = 3,
     max_rounds: int = 200,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[Sample]]:
     """Samples each call once per round until the budget is spent.
 
@@ -104,6 +105,7 @@ def interleave(
         budget_s: seconds for all rounds; they end with the first round beyond it.
         warmup: untimed calls of each before.
         min_rounds, max_rounds: limits whatever the budget.
+        progress: called after each round with the share that is done, at most 1.
 
     Returns:
         The samples of each call, equally many for all.
@@ -122,6 +124,8 @@ def interleave(
         first = done % len(names)
         for name in names[first:] + names[:first]:
             samples[name].append(clock(calls[name]))
+        spent = (time.perf_counter() - start) / budget_s if budget_s > 0 else 1.0
+        progress(min(1.0, (done + 1) / min_rounds, max(spent, (done + 1) / max_rounds)))
     return samples
 
 

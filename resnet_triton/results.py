@@ -1,4 +1,4 @@
-"""What the bench writes down: one row per measurement, the environment it was made in, and the files that keep both.
+"""What a comparison writes down: one row per measurement, the environment it was made in, and the files that keep both.
 
 Column names are those of timm's ``benchmark.py`` where it has them, so that tables can be put side by side.
 """
@@ -6,12 +6,13 @@ Column names are those of timm's ``benchmark.py`` where it has them, so that tab
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FORMAT = 1
 NO_CUDA = "not measured: no CUDA device"
 OK, WRONG, FAILED = "ok", "WRONG", "failed"
@@ -106,11 +106,16 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", device)
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions and conditions that a reader needs to repeat the numbers."""
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Hardware, versions and conditions that a reader needs to repeat the numbers.
+
+    Args:
+        device: ``"cpu"`` where a GPU is there and was not measured; None is :func:`device_name`.
+    """
+    device = device_name() if device is None else device
     env: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(),
+        "device": device,
         "cpu": cpu_name(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
@@ -123,7 +128,7 @@ def environment() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "mkldnn": torch.backends.mkldnn.is_available(),
     }
-    if torch.cuda.is_available():
+    if device != "cpu":
         env |= {"cuda": torch.version.cuda, "clocks": gpu_clocks()}
     return env
 
@@ -165,20 +170,41 @@ def gpu_clocks() -> str:
 def save(folder: Path, rows: Sequence[Row], env: dict[str, Any], name: str = "latest") -> Path:
     """Writes ``name.json`` (everything) and ``name.csv`` (without the samples) to a folder; returns the JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    data = {"format": FORMAT, "environment": env, "rows": [asdict(row) for row in rows]}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1))
+    for suffix in WRITERS:
+        write(folder / f"{name}{suffix}", rows, env)
+    return folder / f"{name}.json"
+
+
+def write(path: Path, rows: Sequence[Row], env: dict[str, Any]) -> None:
+    """Writes one file, atomically: ``.json`` (everything) or ``.csv`` (rows without the samples).
+
+    Raises:
+        ValueError: for another suffix.
+    """
+    if path.suffix not in WRITERS:
+        raise ValueError(f"{path}: the name of a result file must end in {' or '.join(WRITERS)}")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(WRITERS[path.suffix](rows, env), newline="")
     os.replace(part, path)
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    return path
+
+
+def _as_json(rows: Sequence[Row], env: dict[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, "environment": env, "rows": [asdict(row) for row in rows]}, indent=1)
+
+
+def _as_csv(rows: Sequence[Row], env: dict[str, Any]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+WRITERS: dict[str, Callable[[Sequence[Row], dict[str, Any]], str]] = {".json": _as_json, ".csv": _as_csv}
 
 
 def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Reads what :func:`save` wrote: rows and environment.
+    """Reads a JSON file that :func:`write` wrote: rows and environment.
 
     Raises:
         ValueError: naming the file, when it is not such a file.
@@ -189,4 +215,6 @@ def load(path: Path) -> tuple[list[Row], dict[str, Any]]:
             raise ValueError(f"format {data['format']!r}, this version reads {FORMAT}")
         return [Row(**row) for row in data["rows"]], data["environment"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no result of this bench ({error}); run `pytest bench/` again") from error
+        raise ValueError(
+            f"{path} is no result of a bench ({error}); make a new one: pytest bench/, or resnet-triton bench --output"
+        ) from error

@@ -1,4 +1,5 @@
-"""The contestants: each builds, from one float32 model and one batch of images, a call that returns the logits.
+"""The contestants of a comparison: each builds, from one float32 model and one batch of images, a call that returns the
+model's output.
 
 A provider gets the model in the layout and the dtype that its users have it in; nothing it does changes the model that
 it was given. Why one cannot run somewhere is said in words, not hidden.
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import resnet_triton
+from .convert import convert
+from .fold import fold
 
-Call = Callable[[], Tensor]
+Call = Callable[[], Any]
 DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,  # PyTorch's default for float32 convolutions on a GPU
@@ -36,7 +38,7 @@ class Provider:
     Args:
         name: its name in the tables.
         build: ``(float32 model in eval mode, float32 images, dtype) -> call``.
-        ours: whether it is this package: then a wrong or failing result fails the bench.
+        ours: whether it is this package: then a wrong or failing result fails the comparison.
         devices: device types on which it competes.
         needs: ``device type -> None`` or why it cannot run here.
     """
@@ -90,19 +92,19 @@ def compiled_max_autotune(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Ca
 
 def ours(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """``resnet_triton.convert(model)``: on a GPU channels_last, on the CPU in the layout that the user has."""
-    model = resnet_triton.convert(model).to(dtype)
+    model = convert(model).to(dtype)
     x = x.to(dtype).contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
     return lambda: model(x)
 
 
 def ours_folded(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """``resnet_triton.fold(model)``, folded in float32 and then cast; channels_last."""
-    return _eager(resnet_triton.fold(model), x, dtype, torch.channels_last)
+    return _eager(fold(model), x, dtype, torch.channels_last)
 
 
 def ours_compiled(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """The converted model through ``torch.compile``."""
-    return _compiled(resnet_triton.convert(model), x, dtype, {})
+    return _compiled(convert(model), x, dtype, {})
 
 
 def ours_graph(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
@@ -118,7 +120,7 @@ def ours_graph(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     with torch.cuda.graph(graph):
         out = call()
 
-    def replay() -> Tensor:
+    def replay() -> Any:
         graph.replay()
         return out
 
