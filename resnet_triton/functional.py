@@ -9,7 +9,8 @@ argument. BN is inference BN: the statistics are constants.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,9 +84,9 @@ def conv_bn_act(
         ``[N, K, P, Q]`` in the dtype of ``x``.
     """
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
-    _check_constant(mean=mean, var=var)
+    _check_constant(mean, var)
     tensors = (x, weight, bias, gamma, beta, mean, var, residual)
-    function = autograd.ConvBNAct.apply if _differentiating(tensors) else ops.conv_bn_act
+    function = autograd.ConvBNAct.apply if _differentiating(tensors) else ops.conv_bn_act.default
     return function(*_distinct(tensors), eps, relu, stride, padding, dilation)
 
 
@@ -110,24 +111,22 @@ def block_tail(
     Returns:
         ``(y, t_next)``: the block's output and ``relu(bn(conv(y)))`` of ``next`` (None without it).
     """
-    units = (conv2, conv3, downsample, next)
-    t, shortcut, tensors, counts, eps, geometry = _flatten(t, shortcut, units)
-    if _differentiating((t, shortcut, *tensors)):
-        first, second, *rest = _distinct((t, shortcut, *tensors))
-        out = autograd.BlockTail.apply(first, second, counts, eps, geometry, *rest)
+    t, shortcut, groups, eps, geometry = _operands(t, shortcut, (conv2, conv3, downsample, next))
+    if torch.is_grad_enabled() and _differentiating((t, shortcut, *chain(*groups))):
+        first, second, *rest = _distinct((t, shortcut, *chain(*groups)))
+        out = autograd.BlockTail.apply(first, second, [len(g) for g in groups], eps, geometry, *rest)
     else:
-        groups = autograd._regroup(counts, tensors)
-        out = ops.block_tail(t, shortcut, *groups, eps, geometry)
+        out = ops.block_tail.default(t, shortcut, *groups, eps, geometry)
     return out[0], (out[1] if next is not None else None)
 
 
 def bottleneck(x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, *, downsample: ConvBN | None = None) -> Tensor:
     """A whole bottleneck block, ``[N, C, H, W] -> [N, K, P, Q]``; the backward keeps only its input and output."""
-    x, _, tensors, counts, eps, geometry = _flatten(x, x, (conv1, conv2, conv3, downsample))
-    if _differentiating((x, *tensors)):
-        first, *rest = _distinct((x, *tensors))
-        return autograd.Bottleneck.apply(first, counts, eps, geometry, *rest)
-    return ops.bottleneck(x, *autograd._regroup(counts, tensors), eps, geometry)
+    x, _, groups, eps, geometry = _operands(x, x, (conv1, conv2, conv3, downsample))
+    if _differentiating((x, *chain(*groups))):
+        first, *rest = _distinct((x, *chain(*groups)))
+        return autograd.Bottleneck.apply(first, [len(g) for g in groups], eps, geometry, *rest)
+    return ops.bottleneck.default(x, *groups, eps, geometry)
 
 
 def stem(
@@ -162,14 +161,14 @@ def stem(
         weight, bias = _autocast(weight, bias)
     else:
         x, weight, bias = _autocast(x, weight, bias)
-    _check_constant(mean=mean, var=var)
+    _check_constant(mean, var)
     norm_mean = norm_std = None
     if normalize is not None:
         norm_mean, norm_std = (torch.as_tensor(v, dtype=torch.float32, device=x.device) for v in normalize)
         if norm_mean.shape != (3,) or norm_std.shape != (3,):
             raise ValueError(f"normalize must be (mean, std) of three values each, got {normalize!r}")
     tensors = (x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std)
-    function = autograd.Stem.apply if _differentiating(tensors) else ops.stem
+    function = autograd.Stem.apply if _differentiating(tensors) else ops.stem.default
     return function(*tensors, eps, pool)
 
 
@@ -177,7 +176,7 @@ def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Global average pool, then the fully connected layer: ``[N, C, H, W], [K, C] -> [N, K]``. Deterministic."""
     x, weight, bias = _autocast(x, weight, bias)
     tensors = (x, weight, bias)
-    return (autograd.Head.apply if _differentiating(tensors) else ops.head)(*tensors)
+    return (autograd.Head.apply if _differentiating(tensors) else ops.head.default)(*tensors)
 
 
 def fold_bn(
@@ -190,14 +189,14 @@ def fold_bn(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias ``[K]`` (dtype of ``weight``) of the one convolution that equals convolution then BN."""
-    _check_constant(mean=mean, var=var)
+    _check_constant(mean, var)
     tensors = (weight, bias, gamma, beta, mean, var)
-    return (autograd.FoldBN.apply if _differentiating(tensors) else ops.fold_bn)(*tensors, eps)
+    return (autograd.FoldBN.apply if _differentiating(tensors) else ops.fold_bn.default)(*tensors, eps)
 
 
 def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """``relu(x + y)`` of two tensors of equal shape and dtype in one pass."""
-    return (autograd.AddReLU.apply if _differentiating((x, y)) else ops.add_relu)(*_distinct((x, y)))
+    return (autograd.AddReLU.apply if _differentiating((x, y)) else ops.add_relu.default)(*_distinct((x, y)))
 
 
 def _differentiating(tensors: Sequence[Tensor | None]) -> bool:
@@ -217,34 +216,45 @@ def _distinct(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
 
 def _autocast(first: Tensor, *others: Tensor | None) -> tuple:
     """All arguments in autocast's dtype where it is on for the device and they are fp32, fp16 or bf16."""
-    tensors = (first, *others)
-    device = first.device.type
+    dtype = _autocast_dtype(first)
+    return (first, *others) if dtype is None else tuple(_cast(t, dtype) for t in (first, *others))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast where it is on for the device of ``x``, else None."""
+    device = "cuda" if x.is_cuda else x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta device
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+        return None
+    return torch.get_autocast_dtype(device)
 
 
-def _check_constant(**statistics: Tensor | None) -> None:
-    for name, tensor in statistics.items():
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} requires grad; running statistics are constants here: pass {name}.detach()")
+def _cast(t: Any, dtype: torch.dtype) -> Any:
+    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-def _flatten(x: Tensor, shortcut: Tensor, units: Sequence[ConvBN | None]) -> tuple:
-    """``(x, shortcut, tensors, counts, eps, geometry)`` in the operators' flat form, cast for autocast."""
-    tensors: list[Tensor | None] = []
-    counts, eps, geometry = [], [], []
-    x, shortcut = _autocast(x, shortcut)
+def _check_constant(mean: Tensor | None, var: Tensor | None) -> None:
+    if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
+        name = "mean" if mean is not None and mean.requires_grad else "var"
+        raise ValueError(f"{name} requires grad; running statistics are constants here: pass {name}.detach()")
+
+
+def _operands(x: Tensor, shortcut: Tensor, units: Sequence[ConvBN | None]) -> tuple:
+    """``(x, shortcut, groups, eps, geometry)`` as the operators take them, cast for autocast."""
+    groups: list[list[Tensor | None]] = []
+    eps: list[float] = []
+    geometry: list[int] = []
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, shortcut = _cast(x, dtype), _cast(shortcut, dtype)
     for unit in units:
-        counts.append(6 if unit is not None else 0)
         if unit is None:
+            groups.append([])
             continue
-        _check_constant(mean=unit.mean, var=unit.var)
-        weight, bias = _autocast(unit.weight, unit.bias)
-        tensors += [weight, bias, *unit.vectors[1:]]
-        eps.append(unit.eps)
-        geometry += [unit.stride, unit.padding, unit.dilation]
-    return x, shortcut, tensors, counts, eps, geometry
+        weight, bias, gamma, beta, mean, var, unit_eps, stride, padding, dilation = unit
+        _check_constant(mean, var)
+        if dtype is not None:
+            weight, bias = _cast(weight, dtype), _cast(bias, dtype)
+        groups.append([weight, bias, gamma, beta, mean, var])
+        eps.append(unit_eps)
+        geometry += (stride, padding, dilation)
+    return x, shortcut, groups, eps, geometry

@@ -344,7 +344,7 @@ class Builder(Protocol):
 
 
 def _builder(
-    name: str, size: str, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, ...], **fixed: int
+    name: str, size: str, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, int, int, int], **fixed: int
 ) -> Builder:
     """The public function ``name``; arguments in ``fixed`` belong to the architecture."""
 
@@ -438,7 +438,7 @@ def mnist5k_resnet20() -> CifarResNet:
 
 def _resnet(
     block: type[BasicBlock] | type[Bottleneck],
-    layers: tuple[int, ...],
+    layers: tuple[int, int, int, int],
     weights: Weights,
     progress: bool,
     kwargs: dict[str, Any],
