@@ -1,24 +1,30 @@
 """Decides how each step of an op runs. The ops ask while running, ``explain`` asks without running: same function.
 
-A choice is data: a realisation's name, its configuration, and the reason in words.
+A choice is data: a realisation's name, its configuration, and the reason in words. A convolution that was measured on
+this device takes the faster of the measured times; one that was measured on a GPU of the same architecture takes the
+configuration found there; otherwise the cost model chooses.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import cost, onednn, tuning
-from .devices import Target
-from .kernels.config import ConvConfig, Epilogue, alternatives, runs_on
+from .devices import Target, known_devices
+from .kernels.config import ConvConfig, Epilogue, alternatives
 from .kernels.geometry import ConvShape
 
 logger = logging.getLogger("resnet_triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CLEAR_WIN = 0.8  # an unmeasured kernel must be predicted to need at most this share of the library's time
+#: Whether convolutions without a measurement are measured at their first call. Read at import.
+AUTOTUNE = os.environ.get("RESNET_TRITON_AUTOTUNE", "0") not in ("", "0")
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # on the command line
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ def refusal(target: Target, dtype: torch.dtype) -> str | None:
     """Why no kernel of this package can run there, or None."""
     if not (target.is_cuda or target.name == "interpreter"):
         return f"kernels need a CUDA tensor, or TRITON_INTERPRET=1; the tensors are on {target.name}"
+    if target.is_cuda and torch.version.hip and target.name not in known_devices():
+        return f"{target.name} runs on ROCm; kernels are written for NVIDIA GPUs"
     if target.is_cuda and target.sm < 80:
         return f"{target.name} is sm_{target.sm}; kernels need sm_80 or later"
     if dtype not in KERNEL_DTYPES:
@@ -70,9 +78,9 @@ def refusal(target: Target, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def triton_importable() -> bool:
-    """Whether ``import triton`` works here."""
+    """Whether a triton that has what the kernels use can be imported here."""
     try:
-        import triton  # noqa: F401
+        import triton.tools.tensor_descriptor  # noqa: F401  (absent before 3.4)
     except Exception:  # a broken installation raises more than ImportError
         return False
     return True
@@ -118,21 +126,43 @@ def _moving_us(work: tuple[int, int], target: Target) -> float | None:
     return cost.memory_us(moved, target, launches)
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_conv(
     shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target, backend: str
 ) -> Choice:
     """Chooses how one convolution with its epilogue runs.
 
+    With ``RESNET_TRITON_AUTOTUNE=1``, one that was not measured on this GPU is measured first (not by ``explain``).
+
     Raises:
         RuntimeError: ``use_backend("triton")`` is in force and no kernel can run.
     """
+    choice = _choose_conv(shape, epilogue, dtype, precision, target, backend)
+    if AUTOTUNE and choice.measured_us is None and choice.predicted_us is not None and backend != "cudnn":
+        from .tune import tune_now
+
+        if tune_now(shape, epilogue, dtype, precision, target):
+            forget()
+            return _choose_conv(shape, epilogue, dtype, precision, target, backend)
+    return choice
+
+
+def forget() -> None:
+    """Reads tuned files anew, chooses anew, and warns again."""
+    tuning.forget()
+    _choose_conv.cache_clear()
+    _warned.clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose_conv(
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target, backend: str
+) -> Choice:
     library = library_of(target)
     reason = refusal(target, dtype)
     if backend == "triton" and reason:
         raise RuntimeError(f"use_backend('triton') cannot run {shape}: {reason}. Use use_backend('auto').")
     if backend == "triton" and not target.is_cuda:
-        config = _own(shape, epilogue, dtype, precision, target)
+        config = own_config(shape, epilogue, dtype, precision, target)
         return Choice(config.kernel, config, "use_backend('triton') in the interpreter")
     if not target.is_cuda:
         return _choose_cpu(epilogue, dtype, backend)
@@ -141,20 +171,35 @@ def choose_conv(
     theirs = cost.predict_unfused(shape, epilogue, dtype, precision, target).us
     if backend == "cudnn":
         return Choice(library, None, "use_backend('cudnn')", theirs)
-    entry = tuning.lookup(target.name, shape, dtype, epilogue.residual)
-    able = target.tma or (entry is not None and entry.config.kernel == "conv_pointer")
-    if entry and able and runs_on(entry.config, shape, dtype.itemsize):
+
+    def fits(config: ConvConfig) -> bool:
+        return cost.fits(config, shape, dtype.itemsize, epilogue.residual, target)
+
+    entry = tuning.lookup(target.name, shape, dtype, epilogue.residual, precision)
+    if entry and fits(entry.config):
         text = f"measured {entry.us:.1f} us against {entry.library_us:.1f} us by {library}"
+        if entry.shape.n != shape.n:
+            text += f" at batch {entry.shape.n}"
         if backend == "triton" or entry.us <= entry.library_us:
             return Choice(entry.config.kernel, entry.config, text, None, entry.us)
         return Choice(library, None, text, None, entry.library_us)
-    config = _own(shape, epilogue, dtype, precision, target)
-    ours = cost.predict(shape, epilogue, config, dtype, precision, target)
-    text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {theirs:.1f} us by {library}"
+    name, entry = tuning.lookup_sibling(target, shape, dtype, epilogue.residual, precision) or ("", None)
+    if entry and fits(entry.config):
+        config = entry.config
+        ours = cost.predict(shape, epilogue, config, dtype, precision, target)
+        text = f"unmeasured here; {entry.us:.1f} us against {entry.library_us:.1f} us by {library} on {name}"
+        win = entry.us <= CLEAR_WIN * entry.library_us
+        _warn_borrowed(target, name, shape, dtype, precision)
+    else:
+        config = own_config(shape, epilogue, dtype, precision, target)
+        ours = cost.predict(shape, epilogue, config, dtype, precision, target)
+        text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {theirs:.1f} us by {library}"
+        win = ours.us <= CLEAR_WIN * theirs
+        if win:
+            _warn_unmeasured(target, shape, dtype, precision)
     if backend == "triton":
         return Choice(config.kernel, config, f"use_backend('triton'); {text}", ours.us)
-    if ours.us <= CLEAR_WIN * theirs:
-        warn_unmeasured(target.name)
+    if win:
         return Choice(config.kernel, config, text, ours.us)
     return Choice(library, None, text, theirs)
 
@@ -192,18 +237,26 @@ def tensor_cores(dtype: torch.dtype, precision: str) -> bool:
     return dtype != torch.float32 or precision != "ieee"
 
 
-def _own(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target) -> ConvConfig:
-    """The configuration of this package's kernel: of those that fit, the one that is predicted fastest."""
+def own_configs(shape: ConvShape, dtype: torch.dtype, precision: str, target: Target) -> list[ConvConfig]:
+    """The configurations of this package's kernels that need no measurement: they fit and do not spill."""
     configs = alternatives(shape, dtype.itemsize, target.tma and tensor_cores(dtype, precision))
     if target.sm >= 100:  # 128x128 tiles of four warps spill there, without tensor cores any wider than 32
         widest = 128 if tensor_cores(dtype, precision) else 32
         configs = [replace(config, warps=8, bn=min(config.bn, widest)) for config in configs]
+    return configs
+
+
+def own_config(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target) -> ConvConfig:
+    """Of :func:`own_configs`, the one that is predicted fastest (without a GPU, the first)."""
+    configs = own_configs(shape, dtype, precision, target)
     if not target.is_cuda:
         return configs[0]
     return min(configs, key=lambda config: cost.predict(shape, epilogue, config, dtype, precision, target).us)
 
 
-def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, backend: str) -> Choice:
+def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, target: Target, backend: str) -> Choice:
+    if target.name not in ("cpu", "interpreter"):
+        return Choice("aten", None, refusal(target, dtype) or "")
     if backend == "auto" and not epilogue.bn and dtype in (torch.float32, torch.bfloat16) and onednn.available():
         return Choice("onednn", None, "BN is folded: bias, add and ReLU run as oneDNN post-ops")
     if epilogue.bn:
@@ -211,11 +264,36 @@ def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, backend: str) -> Choice:
     return Choice("aten", None, "use_backend('cudnn')" if backend == "cudnn" else f"oneDNN does not fuse {dtype}")
 
 
-@functools.cache
-def warn_unmeasured(device_name: str) -> None:
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_once(kind: str, target: Target, text: str) -> None:
+    if (kind, target.name) not in _warned:
+        _warned.add((kind, target.name))
+        logger.warning("%s", text)
+
+
+def tune_command(batch: int, dtype: torch.dtype, precision: str) -> str:
+    """The command that measures a model's convolutions at this batch, dtype and precision."""
+    exact = " --precision ieee" if dtype == torch.float32 and precision == "ieee" else ""
+    return f"resnet-triton tune --model resnet50 --batch {batch} --dtype {DTYPE_NAMES[dtype]}{exact}"
+
+
+def _warn_unmeasured(target: Target, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
     """Says once per device that its plan rests on predictions."""
-    logger.warning(
-        "no measured configurations for some layers on %s: the plan uses the cost model there. "
-        "`python bench/gpu_suite.py` measures them.",
-        device_name,
+    _warn_once(
+        "unmeasured",
+        target,
+        f"no measured configurations for some convolutions on {target.name}: the cost model chooses there. "
+        f"`{tune_command(shape.n, dtype, precision)}` measures them (put your model in place of resnet50).",
+    )
+
+
+def _warn_borrowed(target: Target, name: str, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
+    """Says once per device that its plan rests on another device's measurements."""
+    _warn_once(
+        "borrowed",
+        target,
+        f"no measured configurations for some convolutions on {target.name}: those of {name} (also sm_{target.sm}) "
+        f"serve. `{tune_command(shape.n, dtype, precision)}` measures them here (put your model in place of resnet50).",
     )
