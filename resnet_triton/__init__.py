@@ -6,8 +6,9 @@ model = resnet_triton.convert(torchvision.models.resnet50(weights="IMAGENET1K_V2
 from . import functional
 from ._version import __version__
 from .backend import use_backend
-from .convert import convert, fold, unconvert
+from .convert import convert, unconvert
 from .explain import explain
+from .fold import fold
 from .info import info
 from .models import (
     resnet18,

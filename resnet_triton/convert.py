@@ -1,134 +1,63 @@
 """``convert``: makes the residual blocks of a model run fused, by swapping the class of known modules.
 
-A known module's class is replaced by a generated subclass of that very class whose ``forward`` runs ``nn.run_*`` and
-whose ``_eager`` is the original forward. Attributes, children, state_dict, ``isinstance``, hooks, deepcopy, pickle,
-TorchScript, fx, export and compile keep working; :func:`unconvert` gives the original classes back.
+A known module's class (:mod:`.families` lists them) is replaced by a generated subclass of that very class whose
+``forward`` runs ``nn.run_*`` and whose ``_eager`` is the original forward. Attributes, children, state_dict,
+``isinstance``, hooks, deepcopy, pickle, TorchScript, fx, export and compile keep working; :func:`unconvert` gives the
+original classes back.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from . import functional, models
-from . import nn as fused
+from . import structure
+from .families import family_of
 
 logger = logging.getLogger("resnet_triton")
-Spec = fused.BlockSpec | tuple[str, ...] | None
+KNOWN = "torchvision, timm, Hugging Face or this package"
 
 
 @dataclass(frozen=True)
 class Marker:
-    """What a generated class carries: its kind, the class it replaces, and attribute names of a block or container."""
+    """What a generated class carries: its kind, the class it replaces, and attribute names (see :class:`Family`)."""
 
     kind: str
     base: type[nn.Module]
-    spec: Spec = None
-
-
-def _originals() -> Iterator[tuple[str, type[nn.Module], Spec]]:
-    """``(kind, class, spec)`` of every module class that is known exactly."""
-    yield "block", models.BasicBlock, fused.BASIC
-    yield "block", models.Bottleneck, fused.BOTTLENECK
-    yield "stage", nn.Sequential, None
-    yield "container", models.ResNet, fused.IMAGENET
-    yield "container", models.CifarResNet, fused.CIFAR
-    for module, kind, name, spec in (
-        ("torchvision.models.resnet", "block", "BasicBlock", fused.BASIC),
-        ("torchvision.models.resnet", "block", "Bottleneck", fused.BOTTLENECK),
-        ("torchvision.models.resnet", "container", "ResNet", fused.IMAGENET),
-        ("torchvision.models._utils", "getter", "IntermediateLayerGetter", None),
-    ):
-        try:
-            yield kind, getattr(importlib.import_module(module), name), spec
-        except (ImportError, RuntimeError, AttributeError):  # absent, or built for another torch
-            continue
-
-
-@functools.cache
-def _known() -> dict[object, tuple[str, Spec]]:
-    """Kind and spec by the ``forward`` function of a known class: a subclass that overrides it is not known."""
-    return {cls.forward: (kind, spec) for kind, cls, spec in _originals()}
-
-
-@functools.cache
-def _helpers() -> set[object]:
-    """The ``_forward_impl`` functions of known containers; a subclass that overrides it is not known."""
-    return {cls._forward_impl for _, cls, _ in _originals() if hasattr(cls, "_forward_impl")}
-
-
-# TorchScript compiles a forward from its source, with the first branch only, and wants its argument named as here.
-
-
-def _forward_block(self, x):
-    if torch.jit.is_scripting():
-        return self._eager(x)
-    if isinstance(x, fx.Proxy):  # a block is a leaf of a traced graph
-        tracer: Any = x.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
-    if torch.jit.is_tracing():  # TorchScript cannot record lists of optional tensors
-        return self._eager(x)
-    return fused.run_block(self, x)
-
-
-def _forward_stage(self, input):
-    if torch.jit.is_scripting():
-        return self._eager(input)
-    if isinstance(input, fx.Proxy) or torch.jit.is_tracing():
-        return self._eager(input)
-    return fused.run_stage(self, input)
-
-
-def _forward_container(self, x):
-    if torch.jit.is_scripting():
-        return self._eager(x)
-    if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
-        return self._eager(x)
-    return fused.run_resnet(self, x)
-
-
-def _forward_getter(self, x):
-    if torch.jit.is_scripting():
-        return self._eager(x)
-    if isinstance(x, fx.Proxy) or torch.jit.is_tracing():
-        return self._eager(x)
-    return fused.run_layer_getter(self, x)
-
-
-_FORWARD: dict[str, Callable] = {
-    "block": _forward_block,
-    "stage": _forward_stage,
-    "container": _forward_container,
-    "getter": _forward_getter,
-}
+    spec: structure.BlockSpec | structure.TrunkSpec | str | None = None
 
 
 @functools.cache
 def fused_class(base: Any) -> type[nn.Module]:
     """The generated subclass of a known class."""
-    kind, spec = _known()[base.forward]
-    eager = FunctionType(
-        base.forward.__code__, base.forward.__globals__, "_eager", base.forward.__defaults__, base.forward.__closure__
-    )
-    eager.__annotations__ = dict(base.forward.__annotations__)
-    body = {
-        "forward": _FORWARD[kind],
-        "_eager": eager,
-        "_resnet_triton": Marker(kind, base, spec),
+    family = family_of(base)
+    assert family is not None, f"{base} is not known"
+    body: dict[str, Any] = {
+        "_resnet_triton": Marker(family.kind, base, family.spec),
         "__reduce_ex__": _reduce_ex,
         "__module__": __name__,
         "__doc__": f"{base.__name__} whose forward runs fused; see resnet_triton.convert.",
     }
+    for name, replacement in family.methods.items():
+        body[name] = replacement
+        eager = "_eager" if name == "forward" else f"_eager_{name}"
+        body[eager] = _renamed(getattr(base, name), eager)
     return type(f"Fused{base.__name__}", (base,), body)
+
+
+def _renamed(f: FunctionType, name: str) -> FunctionType:
+    """A copy of a method under another name: TorchScript registers methods by the name that they carry."""
+    copied = FunctionType(f.__code__, f.__globals__, name, f.__defaults__, f.__closure__)
+    copied.__annotations__ = dict(f.__annotations__)
+    return copied
 
 
 def _marker(m: nn.Module) -> Marker:
@@ -148,29 +77,25 @@ def _rebuild(base: Any) -> nn.Module:
 
 def _kind(m: nn.Module) -> str | None:
     """What a module could be converted to, or None."""
-    cls: Any = type(m)
-    kind, _ = _known().get(_forward_of(m), (None, None))
-    if kind is None or "forward" in m.__dict__ or is_converted(m):
+    family = None if is_converted(m) else family_of(type(m))
+    if family is None or any(name in m.__dict__ for name in ("forward", *family.methods)):
         return None
-    if kind == "container" and getattr(cls, "_forward_impl", None) not in _helpers():
-        return None
-    if kind == "stage":
+    if family.kind == "stage" and family.spec is None:  # any Sequential
         children = list(m.children())
-        if not children or not all(_is_block(child) for child in children):
+        if not children or not all(is_block(child) for child in children):
             return None
-    return kind
+    return family.kind
 
 
-def _is_block(m: nn.Module) -> bool:
-    if is_converted(m):
-        return _marker(m).kind == "block"
-    return _known().get(_forward_of(m), ("",))[0] == "block" and "forward" not in m.__dict__
+def is_block(m: nn.Module) -> bool:
+    """Whether a module is a known residual block, converted or not."""
+    family = family_of(original_class(m))
+    return family is not None and family.kind == "block" and "forward" not in m.__dict__
 
 
-def _forward_of(m: nn.Module) -> object:
-    """The ``forward`` that a module's class had before it was converted."""
-    cls = _marker(m).base if is_converted(m) else type(m)
-    return getattr(cls, "forward", None)  # a ScriptModule's class has none
+def original_class(m: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was converted."""
+    return _marker(m).base if is_converted(m) else type(m)
 
 
 def is_converted(m: nn.Module) -> bool:
@@ -182,7 +107,8 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
     """Makes the residual blocks of ``model`` run fused.
 
     Args:
-        model: any module that holds residual blocks of torchvision or of this package.
+        model: any module that holds residual blocks of torchvision, timm, segmentation_models_pytorch, Hugging Face's
+            transformers, or this package.
         inplace: swap classes in ``model`` itself; the default works on a deep copy.
         strict: raise unless every residual block can run fused.
 
@@ -194,11 +120,11 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
         ValueError: ``model`` is wrapped (torch.compile, DistributedDataParallel) and ``inplace`` is False; or
             ``strict`` and something cannot be fused: every such block is named with its reason, and nothing changes.
     """
-    _check_module(model, "convert", inplace)
+    check_module(model, "convert", inplace)
     if strict:
         _check_strict(model)
     if not inplace:
-        model = _copy(model, "convert")
+        model = copy_module(model, "convert")
     for m in list(model.modules()):
         if _kind(m) is not None:
             base: Any = type(m)
@@ -208,9 +134,9 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
         _weights_channels_last(m)
     if not any(_marker(m).kind == "block" for m in converted):
         logger.warning(
-            "convert found no residual block it knows in %s; it runs as before. Known are the blocks of torchvision's "
-            "and this package's ResNets.",
+            "convert found no residual block it knows in %s; it runs as before. Known are the ResNets of %s.",
             type(model).__name__,
+            KNOWN,
         )
     return model
 
@@ -229,16 +155,16 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model: a converted model.
         inplace: change ``model`` itself; the default works on a deep copy.
     """
-    _check_module(model, "unconvert", inplace)
+    check_module(model, "unconvert", inplace)
     if not inplace:
-        model = _copy(model, "unconvert")
+        model = copy_module(model, "unconvert")
     for m in model.modules():
         if is_converted(m):
             m.__class__ = _marker(m).base
     return model
 
 
-def _copy(model: nn.Module, function: str) -> nn.Module:
+def copy_module(model: nn.Module, function: str) -> nn.Module:
     try:
         copied = copy.deepcopy(model)
     except Exception as error:  # a pruned weight, a handle in a hook: copying calls foreign code
@@ -251,7 +177,7 @@ def _copy(model: nn.Module, function: str) -> nn.Module:
     return copied
 
 
-def _check_module(model: nn.Module, function: str, inplace: bool) -> None:
+def check_module(model: nn.Module, function: str, inplace: bool) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} takes an nn.Module, got {type(model).__name__}")
     wrapper = hasattr(model, "_orig_mod") or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
@@ -262,89 +188,26 @@ def _check_module(model: nn.Module, function: str, inplace: bool) -> None:
         )
 
 
-def residual_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, fused.BlockSpec]]:
+def residual_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, structure.BlockSpec]]:
     """``(name, module, spec)`` of every known residual block, converted or not."""
     for name, m in model.named_modules():
-        kind, spec = _known().get(_forward_of(m), ("", None))
-        if kind == "block" and isinstance(spec, fused.BlockSpec):
-            yield name, m, spec
+        family = family_of(original_class(m))
+        if family is not None and isinstance(family.spec, structure.BlockSpec):
+            yield name, m, family.spec
 
 
 def _check_strict(model: nn.Module) -> None:
     found = list(residual_blocks(model))
-    reasons = [f"{name}: {reason}" for name, m, spec in found if (reason := fused.structural_reason(m, spec))]
+    reasons = [f"{name}: {reason}" for name, m, spec in found if (reason := structure.structural_reason(m, spec))]
     reasons += [f"{name}: its forward was replaced on the instance" for name, m, _ in found if "forward" in m.__dict__]
     if not found:
         raise ValueError(
-            f"strict=True, but {type(model).__name__} has no residual block of torchvision or this package. "
+            f"strict=True, but {type(model).__name__} has no residual block of {KNOWN}. "
             "Use convert(..., strict=False) to leave it as it is."
         )
     if reasons:
         raise ValueError(
-            "strict=True, but these blocks cannot run fused: "
+            "strict=True, but these blocks cannot run fused as a whole: "
             + "; ".join(reasons)
-            + ". Use convert(..., strict=False) to leave them to cuDNN."
+            + ". Use convert(..., strict=False) to leave those parts to cuDNN."
         )
-
-
-def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Folds the BN of every fusable block and stem into its convolution, for good, and converts the model.
-
-    The convolutions get a bias, the BNs become ``nn.Identity``, so state_dict keys change; what does not run fused,
-    because of its structure or a hook, stays. Fold in fp32, then cast: ``fold(model).bfloat16()`` rounds each weight
-    once.
-
-    Args:
-        model: a model in eval mode, converted or not.
-        inplace: change ``model`` itself; the default works on a deep copy.
-
-    Raises:
-        ValueError: a BN to fold is in training mode (nothing is changed).
-    """
-    _check_module(model, "fold", inplace)
-    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    training = [name for name, m in model.named_modules() if isinstance(m, norms) and m.training]
-    if training:
-        raise ValueError(
-            f"fold needs constant statistics, but {training[0]} is in training mode; call model.eval() first"
-        )
-    if not inplace:
-        model = _copy(model, "fold")
-    convert(model, inplace=True)
-    for parent, conv, norm in _foldable(model):
-        _fold_pair(parent, conv, norm)
-    return model
-
-
-def _foldable(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """``(parent, convolution name, BN name)`` of every pair that can be folded."""
-    for _, block, spec in list(residual_blocks(model)):
-        if is_converted(block) and fused.why_not_block(block) is None:
-            yield from ((block, conv, norm) for conv, norm in spec.units)
-            shortcut = getattr(block, spec.shortcut)
-            if shortcut is not None:
-                yield shortcut, "0", "1"
-    m: fused.Converted
-    for m in list(model.modules()):
-        kind = _marker(m).kind if is_converted(m) else ""
-        if kind == "container" and "_forward_impl" not in m.__dict__:
-            names: tuple[str, ...] = fused.STEM[:3]
-        elif kind == "getter" and fused.STEM[0] not in m.return_layers:  # a tap of conv1 must stay without BN
-            names = tuple(m)[:3]
-        else:
-            continue
-        if names == fused.STEM[:3] and fused.why_not_stem(*(getattr(m, name) for name in names)) is None:
-            yield m, "conv1", "bn1"
-
-
-@torch.no_grad()
-def _fold_pair(parent: nn.Module, conv_name: str, norm_name: str) -> None:
-    conv, norm = getattr(parent, conv_name), getattr(parent, norm_name)
-    if type(norm) is nn.Identity:
-        return
-    u = fused.unit(conv, norm)
-    assert u.mean is not None and u.var is not None  # only pairs with statistics are foldable
-    weight, bias = functional.fold_bn(u.weight, u.bias, u.gamma, u.beta, u.mean, u.var, u.eps)
-    conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), conv.weight.requires_grad)
-    conv.bias = nn.Parameter(bias, conv.weight.requires_grad)
-    setattr(parent, norm_name, nn.Identity())

@@ -15,33 +15,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import nn as fused
+from . import structure
 from .backend import current_backend
-from .convert import _is_block, is_converted
+from .convert import is_block, is_converted
 from .cost import memory_us
 from .devices import Target, target_of
 from .ops import IMPLEMENTATIONS, Recorder, Step
 from .plan import library_of
 
-# PyTorch operators that compute or move an activation; views and shape arithmetic are not rows.
-_COMPUTE = {
+# Short names of PyTorch's operators; the others go by their own.
+_NAMES = {
     "convolution": "conv",
     "native_batch_norm": "batch_norm",
     "_native_batch_norm_legit": "batch_norm",
     "_native_batch_norm_legit_no_training": "batch_norm",
     "_batch_norm_with_update": "batch_norm",
     "cudnn_batch_norm": "batch_norm",
-    "relu": "relu",
-    "relu_": "relu",
     "threshold_backward": "relu",
-    "add": "add",
-    "add_": "add",
-    "mul": "mul",
-    "rsqrt": "rsqrt",
     "max_pool2d_with_indices": "max_pool",
-    "mean": "mean",
+    "avg_pool2d": "avg_pool",
     "_adaptive_avg_pool2d": "mean",
     "addmm": "linear",
     "mm": "linear",
@@ -49,6 +44,8 @@ _COMPUTE = {
     "clone": "copy",
     "copy_": "copy",
 }
+# Neither read nor write an activation.
+_FREE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "set_"}
 
 
 @dataclass(frozen=True)
@@ -155,9 +152,10 @@ class _Tracer(TorchDispatchMode):
             self.rows += [self._step(step) for step in recorder.steps]
             return out
         out = func(*args, **(kwargs or {}))
-        op = _COMPUTE.get(func._opname)
-        if op and not (isinstance(out, Tensor) and out.dim() == 0):  # counters such as num_batches_tracked
-            self.rows.append(self._eager(op, args, out))
+        name = func._opname.rstrip("_") or func._opname
+        counter = isinstance(out, Tensor) and out.dim() == 0  # such as num_batches_tracked
+        if not (func.is_view or func._opname in _FREE or counter or not _tensors(out)):
+            self.rows.append(self._eager(_NAMES.get(func._opname, name), args, out))
         return out
 
     def _find(self, tensors: Sequence[object]) -> str | None:
@@ -180,29 +178,38 @@ class _Tracer(TorchDispatchMode):
         self.place = self._find(args) or self.place
         owner = max((p for p in self.reasons if f"{self.place}.".startswith(f"{p}.")), key=len, default=None)
         reason = "not part of a fused block" if owner is None else self.reasons[owner]
-        outputs = out if isinstance(out, (tuple, list)) else (out,)
-        moved = sum(t.numel() * t.element_size() for t in (*args, *outputs) if isinstance(t, Tensor))
-        return Row(self.place, op, library_of(self.target), "", memory_us(moved, self.target), None, moved, reason)
+        moved = sum(t.numel() * t.element_size() for t in (*_tensors(args), *_tensors(out)))
+        library = library_of(self.target) if op in ("conv", "batch_norm") else "aten"
+        return Row(self.place, op, library, "", memory_us(moved, self.target), None, moved, reason)
+
+
+def _tensors(values: object) -> list[Tensor]:
+    """The tensors among an operator's arguments or results."""
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
 def _reasons(model: nn.Module) -> dict[str, str]:
     """Why what is known but does not run fused does not, by module name."""
     reasons: dict[str, str | None] = {}
-    m: fused.Converted
+    m: structure.Converted
     for name, m in model.named_modules():
-        kind = m._resnet_triton.kind if is_converted(m) else ""
-        if kind == "block":
-            reasons[name] = fused.why_not_block(m)
-        elif kind in ("container", "getter"):
+        path = f"{name}." if name else ""
+        marker = m._resnet_triton if is_converted(m) else None
+        if marker is None:
+            if is_block(m):
+                reasons[name] = "not converted: resnet_triton.convert(model)"
+        elif marker.kind == "block":
+            reasons[name] = structure.why_not_block(m)
+            if structure.transient_reason(m, marker.spec) is None:
+                reasons |= {path + child: reason for child, reason in structure.partial_reasons(m).items()}
+        elif marker.kind == "getter" or isinstance(marker.spec, structure.TrunkSpec):
             children = dict(m.named_children())
-            path = f"{name}." if name else ""
-            if all(child in children for child in fused.STEM[:3]):
-                reason = fused.why_not_stem(*(children[child] for child in fused.STEM[:3]))
-                reasons |= {f"{path}{child}": reason for child in fused.STEM if child in children}
-            if kind == "container":
-                reasons[f"{path}fc"] = fused.why_not_head(m)
-        elif _is_block(m):
-            reasons[name] = "not converted: resnet_triton.convert(model)"
+            stem = next((names for names in structure.STEMS if all(child in children for child in names)), None)
+            if stem is not None:
+                reason = structure.why_not_stem(*(children[child] for child in stem))
+                reasons |= {path + child: reason for child in (*stem, "maxpool") if child in children}
+            if marker.kind == "container":
+                reasons[f"{path}fc"] = structure.why_not_head(m)
     return {name: reason for name, reason in reasons.items() if reason}
 
 

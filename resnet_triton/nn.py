@@ -1,9 +1,8 @@
 """Runs the residual blocks of a model through the fused ops, leaving the modules as they are.
 
-Three kinds of modules can run fused: a *block* (basic or bottleneck), a *stage* (an ``nn.Sequential`` of such blocks)
-and a *container* (a whole ResNet, or torchvision's IntermediateLayerGetter over one). Only what is exactly known is
-fused, and that is checked on every call: :func:`why_not_block` names the first thing that is not. Whatever is not fused
-runs the module's own forward.
+Three kinds of modules can run fused: a *block* (basic or bottleneck), a *stage* (a sequence of such blocks) and a
+*container* (a whole ResNet, or a wrapper that takes features from one). :mod:`.structure` says on every call whether
+they may; whatever is not fused runs the module's own forward.
 
 The outermost owner runs its blocks in one loop, in which the next block's first convolution is computed together with
 this block's end. It lives in a local variable there: nothing is kept on modules or tensors between calls.
@@ -13,158 +12,73 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from . import functional
 from .functional import ConvBN
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """Attribute names of a residual block: its convolution and BN pairs in order, activation, and shortcut."""
-
-    units: tuple[tuple[str, str], ...]
-    activation: str = "relu"
-    shortcut: str = "downsample"
-
-
-# Converted modules and their children: attributes that only a BlockSpec knows, so nothing for a type checker to see.
-Converted = Any
-
-BASIC = BlockSpec((("conv1", "bn1"), ("conv2", "bn2")))
-BOTTLENECK = BlockSpec((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
-
-#: Children of a container in the order of its forward, up to the global average pool.
-IMAGENET = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-CIFAR = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
-
-
-# What can be fused
-
-
-def why_not_conv(conv: Converted) -> str | None:
-    """Why a convolution cannot run fused, or None."""
-    if type(conv) is not nn.Conv2d:
-        return f"is {type(conv).__name__}, not nn.Conv2d"
-    if conv.groups != 1:
-        return f"has groups={conv.groups}; fused blocks support groups=1"
-    if conv.padding_mode != "zeros":
-        return f"has padding_mode={conv.padding_mode!r}; fused blocks pad with zeros"
-    for name, pair in (("stride", conv.stride), ("padding", conv.padding), ("dilation", conv.dilation)):
-        if isinstance(pair, str) or pair[0] != pair[1]:
-            return f"has {name}={pair!r}; fused blocks need one number for both directions"
-    return None
-
-
-def why_not_norm(norm: Converted) -> str | None:
-    """Why a normalisation cannot run fused whatever the mode, or None."""
-    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        if norm.running_mean is None:
-            return "keeps no running statistics (track_running_stats=False)"
-        return None
-    if type(norm) is nn.Identity or is_frozen_bn(norm):
-        return None
-    return f"is {type(norm).__name__}; fused blocks take BatchNorm2d, FrozenBatchNorm2d, or Identity after folding"
-
-
-def is_frozen_bn(norm: nn.Module) -> bool:
-    """Whether this is torchvision's FrozenBatchNorm2d (told by name, so that torchvision stays optional)."""
-    cls = type(norm)
-    return cls.__name__ == "FrozenBatchNorm2d" and cls.__module__.startswith("torchvision.")
-
-
-def _why_not_pair(module: Converted, conv: str, norm: str) -> str | None:
-    if reason := why_not_conv(getattr(module, conv)):
-        return f"{conv} {reason}"
-    if reason := why_not_norm(getattr(module, norm)):
-        return f"{norm} {reason}"
-    return None
-
-
-def structural_reason(block: Converted, spec: BlockSpec) -> str | None:
-    """Why a block can never run fused as it is built, or None."""
-    for conv, norm in spec.units:
-        if reason := _why_not_pair(block, conv, norm):
-            return reason
-    activation = getattr(block, spec.activation)
-    if type(activation) is not nn.ReLU:
-        return f"{spec.activation} is {type(activation).__name__}; fused blocks apply nn.ReLU"
-    shortcut = getattr(block, spec.shortcut)
-    if shortcut is not None:
-        if type(shortcut) is not nn.Sequential or len(shortcut) != 2:
-            return f"{spec.shortcut} is not nn.Sequential(convolution, normalisation)"
-        if reason := _why_not_pair(shortcut, "0", "1"):
-            return f"{spec.shortcut}.{reason}"
-    return None
-
-
-def why_not_block(block: Converted) -> str | None:
-    """Why a converted block runs its own forward now, or None when it runs fused."""
-    spec = block._resnet_triton.spec
-    if "forward" in block.__dict__:
-        return "its forward was replaced on the instance"
-    if reason := structural_reason(block, spec):
-        return reason
-    modules = [getattr(block, spec.activation)]
-    for conv, norm in spec.units:
-        modules += [getattr(block, conv), getattr(block, norm)]
-    shortcut = getattr(block, spec.shortcut)
-    if shortcut is not None:
-        modules += [shortcut, shortcut[0], shortcut[1]]
-    return _transient_reason(modules)
-
-
-def _transient_reason(modules: Iterable[nn.Module]) -> str | None:
-    """What about hooks, patches and the mode of these modules keeps them from being fused now."""
-    for m in modules:
-        if is_hooked(m):
-            return f"a hook is registered on a {type(m).__name__}"
-        if "forward" in m.__dict__:
-            return f"the forward of a {type(m).__name__} was replaced on the instance"
-        if m.training and isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            return "BatchNorm is in training mode; batch statistics run on PyTorch's modules"
-    if torch_module._has_any_global_hook():
-        return "a global module hook is registered"
-    return None
-
-
-def is_hooked(m: nn.Module) -> bool:
-    """Whether calling this module would run hooks."""
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
-def _bypassable(m: nn.Module) -> bool:
-    """Whether an owner may run a fused child without calling it."""
-    return not is_hooked(m) and "forward" not in m.__dict__
-
-
-# Running fused
+from .structure import (
+    STEMS,
+    Converted,
+    UnitSpec,
+    blocks_of,
+    does_nothing,
+    frozen_eps,
+    has_fusable_unit,
+    is_bypassable,
+    is_imagenet_conv,
+    is_imagenet_pool,
+    projection,
+    stem_units,
+    structural_reason,
+    transient_reason,
+    why_not_head,
+    why_not_shortcut,
+    why_not_stem,
+    why_not_unit,
+)
 
 
 def unit(conv: Converted, norm: Converted) -> ConvBN:
     """The tensors and geometry of a convolution and its normalisation, read anew on each call."""
-    statistics = () if type(norm) is nn.Identity else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    gamma, beta, mean, var = statistics or (None, None, None, None)
-    eps = norm.eps if statistics else 0.0
+    stride, padding, dilation = conv.stride[0], conv.padding[0], conv.dilation[0]
+    if type(norm) is nn.Identity:
+        return ConvBN(conv.weight, conv.bias, None, None, None, None, 0.0, stride, padding, dilation)
+    eps = frozen_eps(norm)
     return ConvBN(
-        conv.weight, conv.bias, gamma, beta, mean, var, eps, conv.stride[0], conv.padding[0], conv.dilation[0]
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps if eps is None else eps,
+        stride,
+        padding,
+        dilation,
     )
 
 
-def _apply(x: Tensor, u: ConvBN) -> Tensor:
+def _apply(x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = None) -> Tensor:
     return functional.conv_bn_act(
-        x, u.weight, *u.vectors, eps=u.eps, stride=u.stride, padding=u.padding, dilation=u.dilation
+        x,
+        u.weight,
+        *u.vectors,
+        residual=residual,
+        eps=u.eps,
+        relu=relu,
+        stride=u.stride,
+        padding=u.padding,
+        dilation=u.dilation,
     )
+
+
+# Blocks
 
 
 def _first_unit(block: Converted) -> ConvBN:
-    conv, norm = block._resnet_triton.spec.units[0]
-    return unit(getattr(block, conv), getattr(block, norm))
+    return unit(*block._resnet_triton.spec.units[0].read(block)[:2])
 
 
 def run_blocks(blocks: Sequence[Converted], x: Tensor) -> Tensor:
@@ -174,70 +88,105 @@ def run_blocks(blocks: Sequence[Converted], x: Tensor) -> Tensor:
         spec = block._resnet_triton.spec
         if t is None:
             t = _apply(x, _first_unit(block))
-        rest = [unit(getattr(block, conv), getattr(block, norm)) for conv, norm in spec.units[1:]]
-        shortcut = getattr(block, spec.shortcut)
-        project = None if shortcut is None else unit(shortcut[0], shortcut[1])
+        rest = [unit(*u.read(block)[:2]) for u in spec.units[1:]]
+        shortcut, project = x, None
+        if (parts := projection(getattr(block, spec.shortcut))) is not None:
+            project = unit(parts.conv, parts.norm)
+            for m in parts.before:
+                shortcut = m(shortcut)
         following = None
-        if i + 1 < len(blocks) and blocks[i + 1]._resnet_triton.spec is BOTTLENECK:
+        if i + 1 < len(blocks) and len(blocks[i + 1]._resnet_triton.spec.units) == 3:
             following = _first_unit(blocks[i + 1])
-        x, t = functional.block_tail(t, x, *rest, downsample=project, next=following)
+        x, t = functional.block_tail(t, shortcut, *rest, downsample=project, next=following)
     return x
 
 
-def fused_blocks(stage: Converted) -> list[Converted] | None:
-    """The blocks of a stage if all of them can run fused without being called, else None."""
-    blocks = list(stage._modules.values())  # children() would name a block that is there twice only once
-    for block in blocks:
-        if not hasattr(block, "_resnet_triton") or block._resnet_triton.kind != "block":
-            return None
-        if not _bypassable(block) or why_not_block(block) is not None:
-            return None
-    return blocks
-
-
-def why_not_stage(stage: Converted) -> str | None:
-    """Why a converted stage calls its blocks one by one now, or None."""
-    if fused_blocks(stage) is None:
-        return "one of its blocks is hooked or not fused"
-    return None
-
-
 def run_block(block: Converted, x: Tensor) -> Tensor:
-    """A converted block's forward."""
-    if why_not_block(block) is not None:
+    """A converted block's forward: fused as a whole, or unit by unit, or its own."""
+    spec = block._resnet_triton.spec
+    if transient_reason(block, spec) is not None:
         return block._eager(x)
-    return run_blocks([block], x)
+    if structural_reason(block, spec) is None:
+        return run_blocks([block], x)
+    return _run_units(block, x) if has_fusable_unit(block, spec) else block._eager(x)
+
+
+def _run_units(block: Converted, x: Tensor) -> Tensor:
+    """Runs what can be fused of a block that holds other things too: grouped convolutions, attention, SiLU."""
+    spec = block._resnet_triton.spec
+    t = x
+    for u in spec.units[:-1]:
+        t = _run_unit(u, block, t)
+    shortcut = _run_shortcut(block, x)
+    last = spec.units[-1]
+    conv, norm, *then = last.read(block)
+    activation = getattr(block, spec.activation)
+    relu = type(activation) is nn.ReLU
+    rest = [m for m in (*then, *(getattr(block, name) for name in spec.branch)) if not does_nothing(m)]
+    fusable = why_not_unit(last, conv, norm) is None
+    if fusable and not rest:
+        y = _apply(t, unit(conv, norm), relu, shortcut)
+        return y if relu else activation(y)
+    y = _apply(t, unit(conv, norm), relu=False) if fusable else norm(conv(t))
+    for m in rest:
+        y = m(y)
+    return functional.add_relu(y, shortcut) if relu else activation(y + shortcut)
+
+
+def _run_unit(spec: UnitSpec, block: Converted, x: Tensor) -> Tensor:
+    """One convolution, BN, and what follows it; the ReLU goes into the kernel where it comes first."""
+    conv, norm, *then = spec.read(block)
+    then = [m for m in then if not does_nothing(m)]
+    if why_not_unit(spec, conv, norm) is None:
+        relu = bool(then) and type(then[0]) is nn.ReLU
+        x = _apply(x, unit(conv, norm), relu)
+        then = then[relu:]
+    else:
+        x = norm(conv(x))
+    for m in then:
+        x = m(x)
+    return x
+
+
+def _run_shortcut(block: Converted, x: Tensor) -> Tensor:
+    name = block._resnet_triton.spec.shortcut
+    shortcut = getattr(block, name)
+    if why_not_shortcut(shortcut, name) is not None:
+        return shortcut(x)
+    parts = projection(shortcut)
+    if parts is None:
+        return x
+    for m in parts.before:
+        x = m(x)
+    return _apply(x, unit(parts.conv, parts.norm), relu=False)
+
+
+# Stages and containers
 
 
 def run_stage(stage: Converted, x: Tensor) -> Tensor:
     """A converted stage's forward."""
-    blocks = fused_blocks(stage)
+    blocks = blocks_of(stage)
     return stage._eager(x) if blocks is None else run_blocks(blocks, x)
 
 
-STEM = ("conv1", "bn1", "relu", "maxpool")
+def run_stem(conv: Converted, norm: Converted, act: Converted, x: Tensor, pool: Converted = None) -> Tensor:
+    """A fusable entrance (:func:`.structure.why_not_stem` is None); with ``pool``, the max-pool behind it too.
 
-
-def why_not_stem(conv: nn.Module, norm: nn.Module, act: nn.Module) -> str | None:
-    """Why the convolution, BN and ReLU at a network's entrance do not run fused now, or None."""
-    if reason := why_not_conv(conv):
-        return f"conv1 {reason}"
-    if reason := why_not_norm(norm):
-        return f"bn1 {reason}"
-    if type(act) is not nn.ReLU:
-        return f"relu is {type(act).__name__}; the fused stem applies nn.ReLU"
-    return _transient_reason((conv, norm, act))
-
-
-def _is_imagenet_stem(u: ConvBN, pool: Converted) -> bool:
-    return (
-        tuple(u.weight.shape[1:]) == (3, 7, 7)
-        and (u.stride, u.padding, u.dilation) == (2, 3, 1)
-        and type(pool) is nn.MaxPool2d
-        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
-        and not (pool.ceil_mode or pool.return_indices)
-        and _transient_reason((pool,)) is None
-    )
+    The deep stems of timm are several convolutions.
+    """
+    units = stem_units(conv, norm, act)
+    assert units is not None
+    *first, last = [(c, unit(c, n)) for c, n, _ in units]
+    for _, u in first:
+        x = _apply(x, u)
+    conv, u = last
+    if is_imagenet_conv(conv):
+        fused_pool = pool is not None and is_imagenet_pool(pool)
+        x = functional.stem(x, u.weight, *u.vectors, eps=u.eps, pool=fused_pool)
+        return x if fused_pool or pool is None else pool(x)
+    x = _apply(x, u)
+    return x if pool is None else pool(x)
 
 
 def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterable[str] = ()) -> dict[str, Tensor]:
@@ -252,26 +201,22 @@ def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterab
         The output of each tapped child in order, and of the last child under ``""``.
     """
     outputs: dict[str, Tensor] = {}
-    names = [name for name, _ in children]
+    names = tuple(name for name, _ in children)
     modules = [m for _, m in children]
     i = 0
-    if names[:3] == list(STEM[:3]) and not any(name in taps for name in STEM[:2]):
+    if names[:3] in STEMS and not any(name in taps for name in names[:2]):
         conv, norm, act = modules[:3]
         if x.is_floating_point() and why_not_stem(conv, norm, act) is None:
-            u = unit(conv, norm)
-            if names[3:4] == [STEM[3]] and STEM[2] not in taps and _is_imagenet_stem(u, modules[3]):
-                x = functional.stem(x, u.weight, *u.vectors, eps=u.eps)
-                i = 4
-            else:
-                x = _apply(x, u)
-                i = 3
+            pooled = names[3:4] == ("maxpool",) and names[2] not in taps
+            x = run_stem(conv, norm, act, x, modules[3] if pooled else None)
+            i = 4 if pooled else 3
             if names[i - 1] in taps:
                 outputs[names[i - 1]] = x
     pending: list[Converted] = []  # fused blocks not run yet: no tap has asked for what they compute
     while i < len(children):
         name, m = names[i], modules[i]
         marked = getattr(m, "_resnet_triton", None)
-        blocks = fused_blocks(m) if marked is not None and marked.kind == "stage" and _bypassable(m) else None
+        blocks = blocks_of(m) if marked is not None and marked.kind == "stage" and is_bypassable(m) else None
         if blocks is None:
             x = m(run_blocks(pending, x))
             pending = []
@@ -286,28 +231,59 @@ def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterab
     return outputs
 
 
+def _trunk(model: Converted) -> list[tuple[str, Converted]]:
+    return [(name, getattr(model, name)) for name in model._resnet_triton.spec.children]
+
+
 def run_resnet(model: Converted, x: Tensor) -> Tensor:
     """The forward of a converted ResNet: trunk, global average pool, fully connected layer."""
     if "_forward_impl" in model.__dict__:  # replaced on the instance
         return model._eager(x)
-    x = run_trunk([(name, getattr(model, name)) for name in model._resnet_triton.spec], x)[""]
+    x = run_trunk(_trunk(model), x)[""]
     if why_not_head(model) is None:
         return functional.head(x, model.fc.weight, model.fc.bias)
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
-def why_not_head(model: Converted) -> str | None:
-    """Why pooling and classifier of a ResNet do not run fused now, or None."""
-    pool, fc = model.avgpool, model.fc
-    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
-        return "avgpool is not AdaptiveAvgPool2d(1)"
-    if type(fc) is not nn.Linear:
-        return f"fc is {type(fc).__name__}, not nn.Linear"
-    return _transient_reason((pool, fc))
-
-
 def run_layer_getter(getter: Converted, x: Tensor) -> dict[str, Tensor]:
-    """The forward of a converted torchvision IntermediateLayerGetter."""
+    """The forward of torchvision's IntermediateLayerGetter, and ``_collect`` of timm's feature networks."""
     taps = getter.return_layers
     outputs = run_trunk(list(getter.items()), x, tuple(taps))
     return OrderedDict((taps[name], output) for name, output in outputs.items() if name)
+
+
+def run_timm_features(model: Converted, x: Tensor) -> Tensor:
+    """``forward_features`` of a converted timm ResNet."""
+    return run_trunk(_trunk(model), x)[""]
+
+
+def run_timm_head(model: Converted, x: Tensor) -> Tensor:
+    """``forward_head`` of a converted timm ResNet whose head is fusable."""
+    return functional.head(x, model.fc.weight, model.fc.bias)
+
+
+def run_smp_encoder(encoder: Converted, x: Tensor) -> list[Tensor]:
+    """The forward of a converted segmentation_models_pytorch ResNet encoder: the input and a feature map per depth."""
+    taps = ("relu", "layer1", "layer2", "layer3", "layer4")[: encoder._depth]
+    children = _trunk(encoder)
+    children = children[: 1 + max((i for i, (name, _) in enumerate(children) if name in taps), default=-1)]
+    outputs = run_trunk(children, x, taps)
+    return [x, *(outputs[name] for name in taps)]
+
+
+def run_hf_embeddings(embeddings: Converted, x: Tensor) -> Tensor:
+    """The forward of Hugging Face's ResNet stem."""
+    layer = embeddings.embedder
+    parts = (layer.convolution, layer.normalization, layer.activation)
+    fusable = x.is_floating_point() and x.shape[1] == embeddings.num_channels
+    if not fusable or not is_bypassable(layer) or why_not_stem(*parts) is not None:
+        return embeddings._eager(x)
+    return run_stem(*parts, x, embeddings.pooler)
+
+
+def run_hf_encoder(encoder: Converted, x: Tensor, all_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Last output, and if asked the input and every stage's output, of Hugging Face's ResNet encoder."""
+    stages = list(encoder.stages.named_children())
+    taps = tuple(name for name, _ in stages) if all_hidden else ()
+    outputs = run_trunk(stages, x, taps)
+    return outputs[""], (x, *(outputs[name] for name in taps)) if all_hidden else None

@@ -181,8 +181,6 @@ def patched(model: tv.ResNet) -> None:
 CAUSES = {
     hooked: "a hook is registered on a Conv2d",
     training: "BatchNorm is in training mode",
-    silu: "relu is SiLU; fused blocks apply nn.ReLU",
-    grouped: "conv2 has groups=4; fused blocks support groups=1",
     patched: "its forward was replaced on the instance",
 }
 
@@ -201,6 +199,32 @@ def test_a_block_that_falls_back_says_why_and_is_the_only_one(cause) -> None:
     ]
     assert len(own) == 2 + 1 + 4 * 3 + 3  # stem and pool, head, the other four blocks
     assert [row.name for row in convolutions(plan)].count("layer2.0.conv2") == 1
+
+
+def test_a_grouped_convolution_stays_with_the_library_and_says_so() -> None:
+    model = small()
+    grouped(model)
+    with use_backend("triton"):
+        plan = explain(model, (1, 3, 64, 64), device=H200)
+    theirs = [row for row in plan.rows if row.realisation in LIBRARY]
+    assert [row.op for row in theirs] == ["conv", "batch_norm", "relu"]
+    assert {row.reason for row in theirs} == {"conv2 has groups=4; fused blocks support groups=1"}
+    own = [row.name for row in convolutions(plan) if row.realisation not in LIBRARY]
+    assert [name for name in own if name.startswith("layer2.0")] == [
+        "layer2.0.conv1",
+        "layer2.0.downsample.0",
+        "layer2.0.conv3",
+    ]
+
+
+def test_another_activation_stays_and_its_convolutions_are_fused() -> None:
+    model = small()
+    silu(model)
+    with use_backend("triton"):
+        plan = explain(model, (1, 3, 64, 64), device=H200)
+    theirs = [row for row in plan.rows if row.realisation in LIBRARY]
+    assert {row.reason for row in theirs} == {"relu is SiLU; fused blocks apply nn.ReLU"}
+    assert len(theirs) == 3
 
 
 def test_an_unconverted_model_is_told_to_convert() -> None:

@@ -150,10 +150,10 @@ def test_onednn_runs_bias_and_relu_of_a_folded_convolution() -> None:
     assert out.min() == 0
 
 
-def test_resnext_keeps_the_bn_of_its_grouped_blocks() -> None:
+def test_grouped_convolutions_are_folded_too() -> None:
     model, x = randomise(tv.ResNet(tv.Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4).double()), images()
     folded = fold(model)
-    assert norms(folded) == [name for name in norms(model) if name != "bn1"]
+    assert norms(folded) == []
     same_math(logits(folded, x), logits(model, x))
 
 
