@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
-from importlib import metadata
 
 import torch
 
-from . import plan, tuning
+from . import plan, platforms, tuning
 from ._version import __version__
 from .backend import current_backend
 from .devices import known_devices, target_of
@@ -28,9 +26,10 @@ class Info:
     """What :func:`info` returns; ``str()`` is the report.
 
     Args:
-        versions: of this package, Python, torch, triton, torchvision, CUDA and cuDNN ("-" where absent).
+        versions: of this package, Python, torch, triton, torchvision, CUDA, cuDNN and the driver ("-" where absent).
         devices: per CUDA device: name, and ``"usable"`` or why not.
-        kernels: whether kernels can run here at all, or why not.
+        kernels: ``"yes"``, or why kernels cannot run here and what runs instead.
+        remarks: what may go wrong although kernels run.
         tuned: files of measured configurations by device name.
         backend: the backend in force.
         environment: variables that are set, of those that the package reads.
@@ -39,6 +38,7 @@ class Info:
     versions: dict[str, str]
     devices: dict[str, str]
     kernels: str
+    remarks: list[str]
     tuned: dict[str, list[str]]
     backend: str
     environment: dict[str, str]
@@ -49,7 +49,8 @@ class Info:
 
     def __str__(self) -> str:
         lines = [f"{name:12} {version}" for name, version in self.versions.items()]
-        lines += ["", f"kernels      {self.kernels}", f"backend      {self.backend}"]
+        lines += ["", f"kernels      {self.kernels}", *(f"note         {remark}" for remark in self.remarks)]
+        lines.append(f"backend      {self.backend}")
         lines += [f"{name:12} {state}" for name, state in self.devices.items()] or ["devices      no CUDA device"]
         for device, files in self.tuned.items():
             lines.append(f"tuned        {device}: {', '.join(files) or 'no measured configurations'}")
@@ -59,12 +60,12 @@ class Info:
 
 def info() -> Info:
     """Collects versions, devices with what is usable and why not, tuned files, and the environment."""
+    facts = platforms.probe()
     devices, names = {}, []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            target = target_of(torch.device("cuda", index))
-            names.append(target.name)
-            devices[f"cuda:{index}"] = f"{target.name}: {plan.refusal(target, torch.float32) or 'usable'}"
+    for index in range(len(facts.gpus)):
+        target = target_of(torch.device("cuda", index))
+        names.append(target.name)
+        devices[f"cuda:{index}"] = f"{target.name}: {plan.refusal(target, torch.float32) or 'usable'}"
     tuned = {
         name: [str(f / tuning.file_name(name)) for f in tuning.search_path() if (f / tuning.file_name(name)).is_file()]
         for name in dict.fromkeys([*names, *known_devices()])
@@ -74,35 +75,16 @@ def info() -> Info:
             "resnet-triton": __version__,
             "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
             "torch": torch.__version__,
-            "triton": _version("triton"),
-            "torchvision": _version("torchvision"),
-            "cuda": torch.version.cuda or "-",
+            "triton": facts.triton or "-",
+            "torchvision": platforms.installed("torchvision") or "-",
+            "cuda": facts.cuda or "-",
             "cudnn": str(torch.backends.cudnn.version() or "-"),
+            "driver": facts.driver or "-",
         },
         devices=devices,
-        kernels=_kernels(devices),
+        kernels=platforms.kernels(facts),
+        remarks=platforms.remarks(facts),
         tuned=tuned,
         backend=current_backend(),
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     )
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "-"
-
-
-def _kernels(devices: dict[str, str]) -> str:
-    if not plan.triton_importable():
-        where = "install it with pip" if sys.platform == "linux" else f"it does not support {platform.system()}"
-        return f"no: triton cannot be imported ({where}); PyTorch's operators run instead"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "in the interpreter: CPU tensors under use_backend('triton'), for checking only"
-    if torch.version.hip:
-        return "no: this is a ROCm build of torch; kernels are written for NVIDIA GPUs"
-    if not devices:
-        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        return f"no: no CUDA device ({built}); the CPU path runs: resnet_triton.fold(model) is its fastest form"
-    return "yes" if any(state.endswith("usable") for state in devices.values()) else "no: see the devices"
