@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 EXTENSIONS = (".pth", ".pt", ".safetensors")
+
+#: An archive that unpacks to more than this multiple of its size was not written by torch.save, which packs nothing.
+MAX_EXPANSION = 4
 
 #: torchvision's enum for each architecture: (bottleneck, blocks of the stages, groups, width_per_group).
 ENUMS = {
@@ -60,9 +64,9 @@ def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> No
 
     Raises:
         FileNotFoundError: no file at the path.
-        ValueError: an unknown extension; a file that is truncated, corrupt or needs code to be read; missing
-            or unexpected keys and other shapes than the model's; an unknown name or one of another
-            architecture.
+        ValueError: an unknown extension; a file that is truncated, corrupt, unpacks to far more than its size
+            or needs code to be read; missing or unexpected keys and other shapes than the model's; NaN or
+            infinite values; an unknown name or one of another architecture.
         ImportError: weights by name without torchvision.
         OSError: a download or a file that cannot be read.
     """
@@ -181,6 +185,7 @@ def _read_pickle(path: Path) -> Any:
     # Opened first, for its own OSError: torch.load raises one for some damaged files too.
     with path.open("rb") as file:
         pickled = file.read(1) == pickle.PROTO
+    _check_expansion(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -199,6 +204,21 @@ def _read_pickle(path: Path) -> Any:
                 "'weights.safetensors')."
             ) from error
         raise _corrupt(path, error) from error
+
+
+def _check_expansion(path: Path) -> None:
+    """Refuses an archive that would fill the memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            expanded = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # no archive, or a damaged one: torch.load says what is wrong
+        return
+    size = path.stat().st_size
+    if expanded > MAX_EXPANSION * size:
+        raise ValueError(
+            f"weights={str(path)!r} is refused: its {size} bytes unpack to {expanded}, which no file of torch.save "
+            "does. Unpack it and store the state_dict with torch.save, or with safetensors.torch.save_file."
+        )
 
 
 def _corrupt(path: Path, error: Exception) -> ValueError:
@@ -263,11 +283,21 @@ def _checked(state: dict[str, Tensor], target: Mapping[str, Tensor], source: str
         if items
     ]
     if not problems:
+        _check_finite({key: state[key] for key in target}, source)
         return state
     hint = "Build the model with the checkpoint's depth, groups and width"
     if any(problem.startswith("fc.weight") for problem in shapes) and state["fc.weight"].dim() == 2:
         hint += f" and with num_classes={len(state['fc.weight'])}"
     raise ValueError(f"weights: {source} does not fit {model}: {'; '.join(problems)}. {hint}.")
+
+
+def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if bad:
+        raise ValueError(
+            f"weights: {source} holds NaN or infinity in {len(bad)} of {len(state)} tensors ({_first(bad)}): its "
+            "training diverged, or the file is damaged. To load them all the same: model.load_state_dict(...)."
+        )
 
 
 def _copyable(value: Tensor, target: Tensor) -> bool:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import sys
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -186,6 +189,18 @@ MISFITS = {
     "complex": (lambda s: {**s, "bn1.bias": torch.ones(64, dtype=torch.complex64)}, "torch.complex64"),
     "meta": (lambda s: {**s, "bn1.bias": torch.ones(64, device="meta")}, "on meta"),
     "sparse": (lambda s: {**s, "bn1.bias": torch.ones(64).to_sparse()}, "cannot be copied"),
+    "nan": (
+        lambda s: {**s, "bn1.bias": torch.full((64,), torch.nan)},
+        r"holds NaN or infinity in 1 of \d+ tensors \(bn1.bias\).*model.load_state_dict",
+    ),
+    "all_nan": (
+        lambda s: {k: v * torch.nan if v.is_floating_point() else v for k, v in s.items()},
+        r"holds NaN or infinity in \d+ of \d+ tensors \(conv1.weight, .* more\)",
+    ),
+    "infinity": (
+        lambda s: {**s, "fc.bias": torch.tensor([1.0, 2.0, -torch.inf, 4.0, 5.0])},
+        r"holds NaN or infinity in 1 .*\(fc.bias\)",
+    ),
     "not_a_tensor": (lambda s: {**s, "fc.bias": [1.0]}, "holds list under 'fc.bias'"),
     "not_a_name": (lambda s: {**s, 3: torch.ones(1)}, "holds Tensor under 3"),
     "optimizer": (
@@ -259,6 +274,91 @@ def test_unknown_extension(name: str, exists: bool, model: ResNet, tmp_path: Pat
 def test_folder(model: ResNet, tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
     refused(model, tmp_path / "folder.pth", "not a file")
+
+
+def test_pipe(model: ResNet, tmp_path: Path) -> None:
+    for name in ("pipe.pth", "pipe.safetensors"):
+        os.mkfifo(tmp_path / name)  # opening one would wait for a writer
+        refused(model, tmp_path / name, "not a file")
+
+
+def test_links(state, model: ResNet, tmp_path: Path) -> None:
+    loop = tmp_path / "loop.pth"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match=r"loop\.pth"):
+        load_weights(model, loop)
+    (tmp_path / "null.pth").symlink_to("/dev/null")
+    refused(model, tmp_path / "null.pth", "not a file")
+    save_file(state, tmp_path / "w.safetensors")
+    (tmp_path / "link.safetensors").symlink_to("w.safetensors")
+    load_weights(model, tmp_path / "link.safetensors")
+    assert_holds(model, state)
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size(state, model: ResNet, tmp_path: Path) -> None:
+    torch.save({key: torch.zeros_like(value) for key, value in state.items()}, tmp_path / "plain.pth")
+    bomb = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    assert bomb.stat().st_size * 20 < (tmp_path / "plain.pth").stat().st_size
+    refused(model, bomb, r"is refused: its \d+ bytes unpack to \d+.*safetensors")
+
+
+def header(fields: dict, length: int | None = None, data: bytes = bytes(40)) -> bytes:
+    """A safetensors file, with any length written for its header."""
+    text = json.dumps(fields).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(*offsets: int, shape: tuple = (10,), dtype: str = "F32") -> dict:
+    return {"bn1.bias": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+LIES = {
+    "length_of_the_header": header(entry(0, 40), length=1 << 60),
+    "length_beyond_the_file": header(entry(0, 40), length=10_000),
+    "length_too_short": header(entry(0, 40), length=9),
+    "no_json": (8).to_bytes(8, "little") + b"\xff" * 8,
+    "deep_json": (100_000).to_bytes(8, "little") + b"[" * 100_000,
+    "end_beyond_the_file": header(entry(0, 4000, shape=(1000,))),
+    "negative_offset": header(entry(-40, 40)),
+    "more_values_than_bytes": header(entry(0, 40, shape=(1 << 40,))),
+    "overflowing_shape": header(entry(0, 40, shape=(1 << 62, 1 << 62))),
+    "negative_shape": header(entry(0, 40, shape=(-10,))),
+    "unknown_dtype": header(entry(0, 40, dtype="OBJECT")),
+    "overlap": header({**entry(0, 40), "bn1.weight": entry(0, 40)["bn1.bias"]}),
+    "hole": header(entry(20, 40, shape=(5,))),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_safetensors_header_that_lies(lie: str, model: ResNet, tmp_path: Path) -> None:
+    path = tmp_path / "lie.safetensors"
+    path.write_bytes(LIES[lie])
+    refused(model, path, "truncated, corrupt or no .safetensors file")
+
+
+@pytest.mark.parametrize("extension", [".pth", ".safetensors"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damage_anywhere_is_an_error_or_harmless(extension: str, tmp_path: Path) -> None:
+    """Random bytes change: never another exception than ValueError, never a model that is changed in part."""
+    model, path = CifarResNet(8), tmp_path / f"w{extension}"
+    before = snapshot(model)
+    (save_file if extension == ".safetensors" else torch.save)(before, path)
+    whole, random = path.read_bytes(), Random(0)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for _ in range(random.choice((1, 5))):
+            place = random.choice((random.randrange(3000), random.randrange(len(whole)), -random.randrange(1, 3000)))
+            damaged[place] = random.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_weights(model, path)
+        except ValueError as error:
+            assert path.name in str(error)
+            assert_holds(model, before)
+        model.load_state_dict(before)
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999])
