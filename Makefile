@@ -66,10 +66,10 @@ check: $(STAMP) ## lint, format check and types
 format: $(STAMP) ## let ruff fix and format the code
 	@"$(PY)" -m ruff check --fix . ; "$(PY)" -m ruff format .
 
-codegen: $(STAMP) ## compile every kernel for each architecture, check it, print the table
+codegen: $(STAMP) ## compile every kernel for each architecture, check it, print the table and what changed
 	@status=0; \
 	"$(PY)" tools/run_tests.py --jobs $(JOBS) --only codegen -- $(ARGS) || status=1; \
-	"$(PY)" -m resnet_triton.aot || status=1; \
+	"$(PY)" -m resnet_triton.aot --diff || status=1; \
 	exit $$status
 
 clean: ## remove build products and caches, keep the environments

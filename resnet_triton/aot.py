@@ -1,8 +1,9 @@
 """Which programs are shipped, whether their machine code is good, and the table of it.
 
     python -m resnet_triton.aot                 a table on the terminal
-    python -m resnet_triton.aot --markdown      the same for docs/codegen.md
-    python -m resnet_triton.aot --golden        rewrites tests/codegen/golden.json
+    python -m resnet_triton.aot --diff          and what changed since tests/codegen/golden.json; exit code 1 if worse
+    python -m resnet_triton.aot --golden        rewrites tests/codegen/golden.json: accepts the changes
+    python -m resnet_triton.aot --markdown      the table for docs/codegen.md
 
 Compiling and measuring is in ``codegen``. None of this needs a GPU.
 """
@@ -21,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import plan
+from . import plan, tuning
 from .codegen import (
     DEVICES,
     SHARED_LIMIT,
@@ -30,6 +31,7 @@ from .codegen import (
     Metrics,
     Use,
     compile_case,
+    conv_launches,
     measure,
     planned_for,
     specialization,
@@ -60,7 +62,8 @@ def cases(sm: int = 90, limit: int | None = None) -> list[Case]:
 
     sm_90: whatever the plan for an H200 picks for each layer of ResNet-18 to 152 at 224 px and batch 1, 32 and 256 in
     bf16, with the layer's own epilogue (batch normalisation in fp32, as under autocast), and each kernel in fp16,
-    TF32 and exact fp32. Others: each kernel once in each of these. Layers that need the same program are one case.
+    TF32 and exact fp32. Others: each kernel once in each of these. All: the configurations of the shipped tuned files
+    of the architecture. Layers that need the same program are one case. The user's own tuned files play no part.
 
     Args:
         sm: 80, 90 or 100.
@@ -85,6 +88,7 @@ def _candidates(sm: int) -> Iterator[Case]:
     target = planned_for(sm) or replace(known_devices()["NVIDIA H200"], name=f"sm_{sm}", sm=sm)
     if sm == 90:
         yield from _networks(_Kernels(target, torch.bfloat16, "tf32"))
+    yield from _tuned(target)
     for dtype, precision in NUMERICS:
         seen = set()
         for case in _samples(_Kernels(target, dtype, precision)):
@@ -106,6 +110,17 @@ def _networks(kernels: _Kernels) -> Iterator[Case]:
         yield from kernels.max_pool(batch)
         for c in sorted({features(depth) for depth in DEPTHS}):
             yield from kernels.head(batch, c)
+
+
+def _tuned(target: Target) -> Iterator[Case]:
+    """The measured configurations that are shipped for an architecture."""
+    for path in sorted(tuning.shipped_dir().glob("*.json")):
+        tuned = tuning.read(path)
+        for entry in tuned.entries if tuned.sm == target.sm else ():
+            epilogue = BN_ADD_RELU if entry.residual else BN_RELU
+            kernels = _Kernels(target, getattr(torch, entry.dtype), entry.precision or "tf32")
+            label = f"{tuned.device} {entry.shape}"
+            yield from kernels.conv(ConvSite(label, entry.shape, epilogue), label, entry.config)
 
 
 def _samples(kernels: _Kernels) -> Iterator[Case]:
@@ -145,19 +160,14 @@ class _Kernels:
     dtype: torch.dtype
     precision: str
 
-    def conv(self, site: ConvSite, label: str) -> Iterator[Case]:
-        from .kernels.dispatch import launch_conv
-
+    def conv(self, site: ConvSite, label: str, config: ConvConfig | None = None) -> Iterator[Case]:
+        """One convolution; ``config`` None is what runs where nothing was measured."""
         _, shape, epilogue = site
-        config = plan.choose_conv(shape, epilogue, self.dtype, self.precision, self.target, "triton").config
-        assert config is not None
-        x = _meta(shape.n, shape.h, shape.w, shape.c, dtype=self.dtype)
-        w = _meta(shape.k, shape.r, shape.s, shape.c, dtype=self.dtype)
-        y = _meta(shape.n, shape.p, shape.q, shape.k, dtype=self.dtype)
-        operands = _operands(epilogue, shape.k, torch.empty_like(y))
+        config = config or plan.own_config(shape, epilogue, self.dtype, self.precision, self.target)
         moved = shape.bytes_moved(self.dtype.itemsize, epilogue.residual)
-        for launch in self._trace(lambda: launch_conv(x, w, y, shape, operands, config, self.precision)):
-            yield self._case(launch, label, moved, y.numel(), shape, config, epilogue)
+        target = self.target
+        for launch in conv_launches(shape, epilogue, self.dtype, self.precision, config, target.multiprocessors):
+            yield self._case(launch, label, moved, shape.m * shape.k, shape, config, epilogue)
 
     def stem(self, batch: int) -> Iterator[Case]:
         """Rearranging an image (of the model's dtype, or bytes), packing the weight, the convolution on cells."""
@@ -279,8 +289,9 @@ def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, ep
 
 PRESSURE_BOUND = 0.7  # of TMA kernels whose tile needs the tensor cores longer than device memory
 ROOF_BOUND = 1.0  # of all
-#: Changes of the golden figures that are noise: registers, and the share of the issue figures.
-REGISTER_TOLERANCE, ISSUE_TOLERANCE = 8, 0.05
+#: Changes of the golden figures that are noise: registers, bytes of shared memory, and the share of the issue figures.
+REGISTER_TOLERANCE, SHARED_TOLERANCE, ISSUE_TOLERANCE = 8, 1024, 0.05
+ACCEPT = "to accept: `python -m resnet_triton.aot --golden`, then commit tests/codegen/golden.json"
 
 
 def problems(case: Case, metrics: Metrics) -> list[str]:
@@ -314,18 +325,74 @@ def _expected_opcode(case: Case) -> str:
 def golden_record(metrics: Metrics) -> dict[str, float]:
     """The figures that tests/codegen/golden.json keeps of a case."""
     issue = metrics.tile_instructions if metrics.pressure is None else metrics.pressure
-    return {"registers": metrics.registers, "issue": round(issue, 3)}
+    return {
+        "registers": metrics.registers,
+        "spills": metrics.spill_bytes,
+        "shared": metrics.shared_bytes,
+        "mma": metrics.tensor_core or metrics.ffma,
+        "tma_loads": metrics.tma_loads,
+        "tma_stores": metrics.tma_stores,
+        "issue": round(issue, 3),
+    }
+
+
+def changes(now: dict[str, float], golden: dict[str, float]) -> dict[str, str]:
+    """What differs from the golden figures, in words by name; those beyond the tolerance end in ``(worse)``.
+
+    Fewer or more matrix and TMA instructions are neither better nor worse (:func:`problems` finds none at all).
+    """
+    bounds = {
+        "registers": golden["registers"] + REGISTER_TOLERANCE,
+        "spills": golden["spills"],
+        "shared": golden["shared"] + SHARED_TOLERANCE,
+        "issue": golden["issue"] * (1 + ISSUE_TOLERANCE),
+    }
+    found = {}
+    for name, before in golden.items():
+        if now[name] != before:
+            worse = " (worse)" if now[name] > bounds.get(name, now[name]) else ""
+            found[name] = f"{name} {before:g} -> {now[name]:g}{worse}"
+    return found
 
 
 def regressions(metrics: Metrics, golden: dict[str, float]) -> list[str]:
     """Golden figures that got worse by more than the tolerance, in words."""
-    now, found = golden_record(metrics), []
-    if now["registers"] > golden["registers"] + REGISTER_TOLERANCE:
-        found.append(f"registers {golden['registers']} -> {now['registers']}")
-    if now["issue"] > golden["issue"] * (1 + ISSUE_TOLERANCE):
-        name = "instructions a program" if metrics.pressure is None else "pressure"
-        found.append(f"{name} {golden['issue']} -> {now['issue']}")
-    return found
+    return [text for text in changes(golden_record(metrics), golden).values() if text.endswith("(worse)")]
+
+
+def diff(now: dict[str, dict[str, float]], path: Path = GOLDEN, complete: bool = True) -> tuple[list[str], bool]:
+    """Lines that say what changed since a golden file, and whether it must be accepted or mended.
+
+    Args:
+        now: the record of each case by its name.
+        path: of the golden file.
+        complete: whether ``now`` holds every case, so that what is missing is gone.
+
+    Raises:
+        ValueError: the file is missing or not a golden file.
+    """
+    try:
+        data = json.loads(path.read_text())
+        version, golden = data["triton"], data["cases"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no golden file ({error}); `python -m resnet_triton.aot --golden` makes one"
+        ) from None
+    if version != triton.__version__:
+        return [f"not compared: {path.name} is of triton {version}, this is {triton.__version__}"], False
+    lines, bad = [], False
+    for name, record in now.items():
+        if name not in golden:
+            lines.append(f"new: {name}")
+            bad = True
+        elif found := changes(record, golden[name]):
+            lines.append(f"{name}: {', '.join(found.values())}")
+            bad |= any(text.endswith("(worse)") for text in found.values())
+    if complete:
+        gone = [name for name in golden if name not in now]
+        lines += [f"gone: {name}" for name in gone]
+        bad |= bool(gone)
+    return lines or [f"nothing changed in {len(now)} programs"], bad
 
 
 HEADER = (
@@ -394,15 +461,17 @@ def _progress(done: int, total: int, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 1 if a case has problems or does not compile."""
+    """The command line; returns 1 if a case has problems, does not compile, or differs from the golden file."""
     parser = argparse.ArgumentParser(prog="python -m resnet_triton.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sm", type=int, choices=ARCHITECTURES, action="append", help="architecture (default: all)")
     parser.add_argument("--limit", type=int, help="at most so many programs per architecture")
     parser.add_argument("--only", default="", help="programs whose name contains this")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--golden", nargs="?", const=GOLDEN, type=Path, help=f"write the golden file ({GOLDEN.name})")
+    parser.add_argument("--diff", nargs="?", const=GOLDEN, type=Path, help=f"compare with {GOLDEN.name}")
     options = parser.parse_args(argv)
-    if options.golden and (options.sm or options.limit or options.only):
+    partial = bool(options.sm or options.limit or options.only)
+    if options.golden and partial:
         parser.error("--golden keeps every case: leave --sm, --limit and --only away")
 
     start, failed, golden = time.monotonic(), False, {}
@@ -426,6 +495,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_table(rows, options.markdown)
         print("".join(f"\n{'- ' if options.markdown else ''}{note}" for note in notes))
         failed |= bool(notes)
+    if options.diff:
+        try:
+            lines, different = diff(golden, options.diff, complete=not partial)
+        except ValueError as error:
+            parser.error(str(error))
+        print(f"\nchanges since {options.diff.name}:")
+        print("".join(f"  {line}\n" for line in lines), end="")
+        if different:
+            print(ACCEPT)
+        failed |= different
     if options.golden:
         data = {"triton": triton.__version__, "cases": golden}
         options.golden.write_text(json.dumps(data, indent=1) + "\n")

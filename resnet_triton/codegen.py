@@ -225,24 +225,77 @@ def specialization(launch: Launch, sm: int) -> list[tuple[str, Any]]:
     return special
 
 
-@functools.cache
-def compile_case(case: Case, sm: int | None = None) -> Compiled:
-    """Compiles a case for its own architecture, or for another one.
+def conv_launches(
+    shape: ConvShape,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    precision: str,
+    config: ConvConfig,
+    multiprocessors: int,
+    vectors: torch.dtype = torch.float32,
+) -> list[Launch]:
+    """What one convolution launches; ``vectors`` is the dtype of BN's vectors and the bias."""
+    from .kernels.dispatch import launch_conv
+    from .kernels.epilogue import Operands
+
+    def meta(*sizes: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=of, device="meta")
+
+    x, w = meta(shape.n, shape.h, shape.w, shape.c), meta(shape.k, shape.r, shape.s, shape.c)
+    y = meta(shape.n, shape.p, shape.q, shape.k)
+    bias = meta(shape.k, of=vectors) if epilogue.bias else None
+    gamma, beta, mean, var = (meta(shape.k, of=vectors) if epilogue.bn else None for _ in range(4))
+    residual = torch.empty_like(y) if epilogue.residual else None
+    operands = Operands(residual, bias, gamma, beta, mean, var, 1e-5, epilogue.relu)
+    return trace(lambda: launch_conv(x, w, y, shape, operands, config, precision), multiprocessors)
+
+
+def compile_launch(launch: Launch, sm: int) -> Compiled:
+    """Compiles one launch for an architecture; a later launch of the same program finds it in Triton's cache.
 
     Raises:
-        RuntimeError: the compiler refuses; the message names the case.
+        RuntimeError: the compiler refuses; the message is its reason.
     """
     try:
-        with _architecture(sm or case.sm):
-            kernel, grid, args, kwargs = case.launch
+        with _architecture(sm):
+            kernel, grid, args, kwargs = launch
             binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
     except Exception as error:  # the compiler raises anything from RuntimeError to its own classes
         root: BaseException = error
         while root.__cause__:
             root = root.__cause__
-        raise RuntimeError(f"{case.name} does not compile for sm_{sm or case.sm}: {root}") from error
+        raise RuntimeError(str(root)) from error
     listing = sass.disassemble(binary.asm["cubin"])
     return Compiled(listing, binary.metadata.shared, binary.metadata.num_warps)
+
+
+@functools.cache
+def compile_case(case: Case) -> Compiled:
+    """Compiles a case for its architecture.
+
+    Raises:
+        RuntimeError: the compiler refuses; the message names the case.
+    """
+    try:
+        return compile_launch(case.launch, case.sm)
+    except RuntimeError as error:
+        raise RuntimeError(f"{case.name} does not compile for sm_{case.sm}: {error}") from error
+
+
+def misfit(launches: list[Launch], sm: int, shared_memory: int) -> str | None:
+    """Compiles launches and says why they are not worth running: they spill, or need too much shared memory; or None.
+
+    Raises:
+        RuntimeError: the compiler refuses.
+    """
+    for launch in launches:
+        compiled = compile_launch(launch, sm)
+        spilled, accesses = compiled.listing.stack_bytes, compiled.listing.count(sass.LOCAL)
+        if spilled or accesses:
+            return f"spills {spilled} bytes a thread ({accesses} accesses to local memory)"
+        if compiled.shared_bytes > shared_memory:
+            return f"needs {compiled.shared_bytes} bytes of shared memory, the limit is {shared_memory}"
+    return None
 
 
 # Measuring

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .devices import Target
-from .kernels.config import ConvConfig, Epilogue
+from .kernels.config import ConvConfig, Epilogue, runs_on
 from .kernels.geometry import ConvShape, cdiv
 
 LAUNCH_US = 2.0  # start and drain of one kernel
@@ -22,6 +22,7 @@ POINTER_INSTRUCTIONS = 260
 EPILOGUE_INSTRUCTIONS = 300
 EPILOGUE_PER_VALUE = 2.5
 RESIDUAL_PER_VALUE = 2.5
+BARRIERS = 256  # bytes of shared memory for barriers
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,27 @@ def predict(
         tensor=waves * 2 * bm * bn * depth / target.tflops(dtype, precision) / 1e6,
         issue=waves * instructions * config.warps / 4 / cycles,
     )
+
+
+def shared_bytes(config: ConvConfig, itemsize: int, residual: bool = False) -> int:
+    """Estimated shared memory of a kernel in bytes (read off sm_90 programs; the pointer kernel uses at most this).
+
+    The staged output and residual reuse the pipeline's memory, except in a persistent ``conv1x1``, which keeps the next
+    tile's loads in flight during the epilogue.
+    """
+    pipeline = config.stages * (config.bm + config.bn) * config.bk * itemsize
+    if config.kernel == "conv_pointer":
+        return pipeline
+    staged = config.bm * config.bn * itemsize * (2 if residual else 1)
+    if config.persistent:
+        return pipeline + staged + BARRIERS
+    return max(pipeline, staged) + BARRIERS
+
+
+def fits(config: ConvConfig, shape: ConvShape, itemsize: int, residual: bool, target: Target) -> bool:
+    """Whether a target has the shared memory for a kernel, which can compute this convolution at all."""
+    room = not target.shared_memory or shared_bytes(config, itemsize, residual) <= target.shared_memory
+    return room and (target.tma or config.kernel == "conv_pointer") and runs_on(config, shape, itemsize)
 
 
 def predict_unfused(

@@ -147,10 +147,9 @@ def choose_conv(
 
 
 def forget() -> None:
-    """Reads tuned files anew, chooses anew, and warns again."""
+    """Reads tuned files and chooses anew from here on."""
     tuning.forget()
     _choose_conv.cache_clear()
-    _warned.clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,7 +164,7 @@ def _choose_conv(
         config = own_config(shape, epilogue, dtype, precision, target)
         return Choice(config.kernel, config, "use_backend('triton') in the interpreter")
     if not target.is_cuda:
-        return _choose_cpu(epilogue, dtype, backend)
+        return _choose_cpu(epilogue, dtype, target, backend)
     if reason:  # such as fp64, for which the target has no rate
         return Choice(library, None, reason)
     theirs = cost.predict_unfused(shape, epilogue, dtype, precision, target).us
@@ -268,7 +267,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def _warn_once(kind: str, target: Target, text: str) -> None:
-    if (kind, target.name) not in _warned:
+    if (kind, target.name) not in _warned and not AUTOTUNE:
         _warned.add((kind, target.name))
         logger.warning("%s", text)
 

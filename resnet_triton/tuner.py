@@ -1,8 +1,9 @@
 """Finds the fastest configuration of one convolution by measuring a few promising ones.
 
 The space is pruned before anything runs: what the GPU's shared memory or a thread's registers cannot hold is left out,
-and the cost model orders the rest. Each candidate is validated numerically before its time counts. How to time and to
-validate is passed in (:mod:`.measure` does both on a GPU), so the search itself runs anywhere.
+and the cost model orders the rest. What the compiler then says of a candidate (:mod:`.codegen`) may drop it too. Each
+candidate is validated numerically before its time counts. How to time and to validate is passed in (:mod:`.measure`
+does both on a GPU), so the search itself runs anywhere.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from . import cost
-from .devices import Target, target_of
+from . import cost, plan, tuning
+from .devices import Target
 from .journal import Journal
-from .kernels.config import ConvConfig, Epilogue, alternatives, least_waste_box, next_power_of_two, runs_on
+from .kernels.config import ConvConfig, Epilogue, least_waste_box, next_power_of_two, runs_on
 from .kernels.geometry import ConvShape
 from .tuning import Entry
 
@@ -26,7 +27,6 @@ logger = logging.getLogger("resnet_triton")
 ACCUMULATORS = 128  # fp32 values of the tile that a thread may hold before registers spill
 TILES = 6  # distinct tiles measured per convolution
 LIMIT = 12  # candidates per convolution
-BARRIERS = 256  # bytes of shared memory for barriers
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one candidate: status ``"ok"``, ``"wrong"``, ``"error"``, ``"crashed"`` or ``"hung"``."""
+    """What became of one candidate: status ``"ok"``, ``"unfit"`` (dropped before it ran, because it spills or does not
+    fit), ``"wrong"``, ``"error"``, ``"crashed"`` or ``"hung"``."""
 
     config: ConvConfig
     status: str
@@ -58,21 +59,6 @@ class Trial:
 
 class DeviceLost(RuntimeError):
     """A candidate left the GPU unusable for this process: start another one, with the same journal."""
-
-
-def shared_bytes(config: ConvConfig, itemsize: int, residual: bool = False) -> int:
-    """Estimated shared memory of a kernel in bytes (read off sm_90 programs; the pointer kernel uses at most this).
-
-    The staged output and residual reuse the pipeline's memory, except in a persistent ``conv1x1``, which keeps the next
-    tile's loads in flight during the epilogue.
-    """
-    pipeline = config.stages * (config.bm + config.bn) * config.bk * itemsize
-    if config.kernel == "conv_pointer":
-        return pipeline
-    staged = config.bm * config.bn * itemsize * (2 if residual else 1)
-    if config.persistent:
-        return pipeline + staged + BARRIERS
-    return max(pipeline, staged) + BARRIERS
 
 
 def candidates(
@@ -96,20 +82,21 @@ def candidates(
     epilogue = epilogue or Epilogue(bn=True, relu=True)
     size = dtype.itemsize
 
+    tma = target.tma and plan.tensor_cores(dtype, precision)
+
     def fits(config: ConvConfig) -> bool:
-        room = not target.shared_memory or shared_bytes(config, size, epilogue.residual) <= target.shared_memory
-        return room and runs_on(config, shape, size)
+        return cost.fits(config, shape, size, epilogue.residual, target)
 
     def predicted(config: ConvConfig) -> tuple[float, float]:
         prediction = cost.predict(shape, epilogue, config, dtype, precision, target)
         return prediction.us, sum(vars(prediction).values())  # the other limits break ties
 
-    known = alternatives(shape, size, target.tma)
+    known = plan.own_configs(shape, dtype, precision, target)
     first = known[0]
     if first.kernel == "conv1x1":  # the same tile with the other ways to place programs
         others = (replace(first, persistent=n) for n in (0, 1, 2) if n != first.persistent)
         known += [config for config in others if fits(config)]
-    space = [c for c in _tiles(shape, size, target.tma) if fits(c) and c not in known]
+    space = [c for c in _tiles(shape, size, tma) if fits(c) and c not in known]
     if target.is_cuda:
         space.sort(key=predicted)
     chosen = [*known, *space[: TILES - 1]]
@@ -121,9 +108,6 @@ def candidates(
         if fits(other) and other not in chosen:
             chosen.append(other)
     return chosen[:limit]
-
-
-_promising = candidates
 
 
 def _tiles(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]:
@@ -159,9 +143,10 @@ def _boxes(shape: ConvShape, bm: int) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys(boxes))
 
 
-def key_of(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype) -> str:
+def key_of(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str = "tf32") -> str:
     """The name of one convolution in a journal."""
-    return f"{shape} {str(dtype).removeprefix('torch.')} {epilogue}"
+    exact = " exact" if dtype == torch.float32 and precision == "ieee" else ""
+    return f"{shape} {str(dtype).removeprefix('torch.')}{exact} {epilogue}"
 
 
 def search(
@@ -172,11 +157,13 @@ def search(
     timer: Callable[[ConvConfig], Timing],
     validate: Callable[[ConvConfig], str | None],
     candidates: Sequence[ConvConfig],
+    unfit: Callable[[ConvConfig], str | None] | None = None,
     journal: Journal | None = None,
     lost: Callable[[], bool] | None = None,
     limit_s: float = 60.0,
     finalists: int = 2,
     prefix: str = "",
+    precision: str = "tf32",
 ) -> list[Trial]:
     """Measures every candidate, then the fastest ones once more (their second time counts); fastest first.
 
@@ -184,17 +171,20 @@ def search(
         shape, epilogue, dtype: of the convolution; they name it in the journal.
         timer: times a configuration.
         validate: None for a configuration that computes the right thing, else what is wrong; may raise.
+        candidates: the configurations, most promising first.
+        unfit: why a configuration need not be tried, or None; asked before anything runs.
         journal: finished candidates are taken from it, and one that it shows as started but not finished counts
             as crashed: a search that died goes on behind its culprit.
         lost: after an exception, whether the device is unusable for this process.
         limit_s: how long a candidate may take, for whoever watches the journal.
         finalists: how many are measured twice.
         prefix: put before the names in the journal.
+        precision: of fp32 products; it is part of the name in the journal.
 
     Raises:
         DeviceLost: ``lost`` says so. The candidate is noted as crashed.
     """
-    name = prefix + key_of(shape, epilogue, dtype)
+    name = prefix + key_of(shape, epilogue, dtype, precision)
 
     def attempt(config: ConvConfig, suffix: str = "") -> Trial:
         key = f"{name} / {config.kernel} {config}{suffix}"
@@ -202,7 +192,8 @@ def search(
             return known
         if journal is not None:
             journal.start(key, limit_s, kernel=config.kernel, config=str(config))
-        trial, error = _measure(config, timer, validate)
+        why = unfit(config) if unfit else None
+        trial, error = (Trial(config, "unfit", None, why), None) if why else _measure(config, timer, validate)
         crashed = error is not None and lost is not None and lost()
         if crashed:
             trial = Trial(config, "crashed", None, trial.reason)
@@ -224,43 +215,24 @@ def search(
     return again + rest if again[0].status == "ok" else rest + again
 
 
-def tune_conv(
-    shape: ConvShape,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
-    *,
-    timer: Callable[[ConvConfig], Timing],
-    validate: Callable[[ConvConfig], str | None],
-    candidates: Sequence[ConvConfig] | None = None,
-    journal: Journal | None = None,
-    lost: Callable[[], bool] | None = None,
+def entry_of(
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, trials: Sequence[Trial], precision: str = "tf32"
 ) -> Entry | None:
-    """The measured entry of one convolution, or None if no candidate computes it. Arguments as :func:`search`.
-
-    ``candidates=None`` takes :func:`candidates` for the current CUDA device.
-    """
-    if candidates is None:
-        candidates = _promising(shape, dtype, target_of("cuda"), epilogue=epilogue)
-    trials = search(
-        shape,
-        epilogue,
-        dtype,
-        timer=timer,
-        validate=validate,
-        candidates=candidates,
-        journal=journal,
-        lost=lost,
-    )
-    return entry_of(shape, epilogue, dtype, trials)
-
-
-def entry_of(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, trials: Sequence[Trial]) -> Entry | None:
     """The entry of the best trial of :func:`search`, or None if none is good."""
     best = trials[0] if trials else None
     if best is None or best.timing is None:
         return None
     name = str(dtype).removeprefix("torch.")
-    return Entry(shape, name, epilogue.residual, best.config, best.timing.us, best.timing.library_us)
+    return Entry(
+        shape,
+        name,
+        epilogue.residual,
+        best.config,
+        best.timing.us,
+        best.timing.library_us,
+        precision if dtype == torch.float32 else "",
+        tuning.versions(),
+    )
 
 
 def _measure(
