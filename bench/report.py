@@ -14,6 +14,7 @@ from typing import Any
 
 from resnet_triton.results import NO_CUDA, OK, Row, load
 from resnet_triton.tables import (
+    ACCURACY_LEGEND,
     LEGEND,
     MODEL_COLUMNS,
     PREDICTION,
@@ -79,7 +80,7 @@ def terminal(rows: Sequence[Row], env: dict[str, Any]) -> list[str]:
     lines = []
     for title, table in sections(rows):
         lines += ["", title, "", *plain(table)]
-    lines += ["", LEGEND]
+    lines += ["", f"{LEGEND}; {ACCURACY_LEGEND}"]
     if any(row.predicted_step_time is not None for row in rows):
         lines.append(PREDICTION)
     return [*lines, conditions(env), *filter(None, [busy(rows)])]
@@ -94,7 +95,7 @@ def page(results: Sequence[tuple[list[Row], dict[str, Any]]]) -> str:
         "Measured by `pytest bench/`; `bench/README.md` says how. Random weights with BN statistics of the",
         "photographs for torchvision's networks, trained weights for `mnist5k_resnet20`. " + PREDICTION,
         "",
-        LEGEND[0].upper() + LEGEND[1:] + ".",
+        f"{LEGEND[0].upper()}{LEGEND[1:]}; {ACCURACY_LEGEND}.",
     ]
     for rows, env in results:
         lines += ["", f"## {env['device']}", "", conditions(env) + "."]

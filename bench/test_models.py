@@ -26,7 +26,7 @@ GPU_GROUPS = (
     Group("cuda", "resnet18", 256, 224, ("bfloat16",), 8, leave_out=("torch.compile max-autotune",)),
 )
 SMOKE_GROUPS = (
-    Group("cpu", "resnet18", 1, 64, ("float32",), 0.2),
+    Group("cpu", "resnet18", 2, 64, ("float32",), 0.2),
     Group("cuda", "resnet18", 1, 64, ("bfloat16",), 0.2),
 )
 #: A GPU's visitor wants the GPU's rows; without one they say so, beside the CPU's.

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backend import use_backend
 from .convert import convert
 from .explain import explain
-from .providers import DTYPES, PROVIDERS, Call, Provider, providers_on, weak_dtype
+from .providers import DTYPES, Call, Provider, providers_on, weak_dtype
 from .results import FAILED, OK, WRONG, Row, device_name
 from .timing import Bystanders, Sample, clock_for, interleave, percentiles
 
@@ -460,12 +460,12 @@ class Verdict:
 
 def verdict(rows: Sequence[Row]) -> Verdict:
     """Compares the fastest of our rows with every peer. All rows have one model, batch and dtype."""
-    names = {provider.name for provider in PROVIDERS if provider.ours}
+    names = {p.name for device in ("cpu", "cuda") for p in providers_on(device) if p.ours}
     mine, peers = ([row for row in rows if (row.provider in names) == own] for own in (True, False))
     batch, dtype = rows[0].infer_batch_size, rows[0].dtype
     wrong = [row for row in mine if row.status.startswith(WRONG)]
     if wrong:
-        return Verdict(batch, dtype, WRONG, "; ".join(f"{row.provider}: {row.status}" for row in wrong))
+        return Verdict(batch, dtype, WRONG, "; ".join(f"{r.provider}{r.status.removeprefix(WRONG)}" for r in wrong))
     timed = [row for row in mine if row.infer_step_time is not None]
     rivals = [row for row in peers if row.infer_step_time is not None]
     if not timed or not rivals:

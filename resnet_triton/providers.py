@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convert import convert
-from .fold import fold
+import resnet_triton
 
 Call = Callable[[], Any]
 DTYPES = {
@@ -92,19 +91,19 @@ def compiled_max_autotune(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Ca
 
 def ours(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """``resnet_triton.convert(model)``: on a GPU channels_last, on the CPU in the layout that the user has."""
-    model = convert(model).to(dtype)
+    model = resnet_triton.convert(model).to(dtype)
     x = x.to(dtype).contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
     return lambda: model(x)
 
 
 def ours_folded(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """``resnet_triton.fold(model)``, folded in float32 and then cast; channels_last."""
-    return _eager(fold(model), x, dtype, torch.channels_last)
+    return _eager(resnet_triton.fold(model), x, dtype, torch.channels_last)
 
 
 def ours_compiled(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """The converted model through ``torch.compile``."""
-    return _compiled(convert(model), x, dtype, {})
+    return _compiled(resnet_triton.convert(model), x, dtype, {})
 
 
 def ours_graph(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ._version import __version__
+
 FORMAT = 1
 NO_CUDA = "not measured: no CUDA device"
 OK, WRONG, FAILED = "ok", "WRONG", "failed"
@@ -124,7 +126,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "torchvision": version("torchvision"),
-        "resnet_triton": version("resnet-triton"),
+        "resnet_triton": __version__,
         "cudnn": torch.backends.cudnn.version(),
         "mkldnn": torch.backends.mkldnn.is_available(),
     }
