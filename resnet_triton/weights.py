@@ -292,7 +292,9 @@ def _checked(state: dict[str, Tensor], target: Mapping[str, Tensor], source: str
 
 
 def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    bad = [key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    floats = ((key, value) for key, value in state.items() if value.is_floating_point())
+    # isfinite knows no 8-bit floats.
+    bad = [key for key, v in floats if not bool((v if v.itemsize > 1 else v.float()).isfinite().all())]
     if bad:
         raise ValueError(
             f"weights: {source} holds NaN or infinity in {len(bad)} of {len(state)} tensors ({_first(bad)}): its "

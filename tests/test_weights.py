@@ -132,6 +132,9 @@ def test_dtype_format_and_aliasing_of_the_model_are_kept(state) -> None:
     for value in mine.values():
         value.zero_()
     assert_holds(model, state)
+    eighth = {key: v.to(torch.float8_e4m3fn) if v.is_floating_point() else v for key, v in state.items()}
+    load_weights(model, eighth)
+    assert_holds(model, eighth)
 
 
 def test_other_kinds_of_models(state) -> None:
