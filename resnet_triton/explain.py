@@ -106,18 +106,10 @@ class Plan:
         return json.dumps(asdict(self), indent=1)
 
     def plot(self, path: str | Path) -> None:
-        """Draws bytes per step as bars to an image file, coloured by who runs it (needs matplotlib)."""
-        from matplotlib.figure import Figure
+        """Draws bytes and times of each step, coloured by who runs it; see :func:`resnet_triton.plot.plot_plan`."""
+        from .plot import plot_plan
 
-        figure = Figure(figsize=(10, 1 + 0.18 * len(self.rows)), layout="constrained")
-        axes = figure.subplots()
-        library = ("cudnn", "onednn", "aten")
-        colours = ["tab:gray" if row.realisation in library else "tab:green" for row in self.rows]
-        axes.barh([f"{row.name} {row.op}" for row in self.rows], [r.bytes / 1e6 for r in self.rows], color=colours)
-        axes.invert_yaxis()
-        axes.tick_params(axis="y", labelsize=6)
-        axes.set_xlabel(f"MB through device memory, batch {self.input_shape[0]} (green: this package's kernels)")
-        figure.savefig(path)
+        plot_plan(self, path)
 
     def __str__(self) -> str:
         head = ("layer", "op", "runs as", "config", "MB", "predicted us", "measured us", "reason")
@@ -143,6 +135,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.target, self.names, self.reasons = target, names, reasons
         self.rows: list[Row] = []
+        self.steps: list[tuple[str, Step]] = []
         self.place = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -163,6 +156,7 @@ class _Tracer(TorchDispatchMode):
 
     def _step(self, step: Step) -> Row:
         self.place = self._find([step.weight]) or self.place
+        self.steps.append((self.place, step))
         choice, reason = step.choice, step.choice.reason
         w = step.weight
         if step.op == "conv" and w is not None and not w.is_contiguous(memory_format=torch.channels_last):
@@ -233,6 +227,26 @@ def explain(
         TypeError: ``model`` is not an nn.Module, or ``dtype`` not a torch.dtype.
         ValueError: for an unknown device or a shape that is not four positive sizes.
     """
+    tracer, dtype = _trace(model, input_shape, dtype, device)
+    backward = f"{library_of(tracer.target)}: PyTorch's operators, behind the autograd.Functions of the fused steps"
+    name = str(dtype).removeprefix("torch.")
+    return Plan(tuple(tracer.rows), tracer.target.name, name, tuple(input_shape), backward)
+
+
+def fused_steps(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> list[tuple[str, Step]]:
+    """The steps of this package's ops in one forward, each with its module's name; arguments as :func:`explain`."""
+    return _trace(model, input_shape, dtype, device)[0].steps
+
+
+def _trace(
+    model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[_Tracer, torch.dtype]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain takes an nn.Module, got {type(model).__name__}; resnet_triton.resnet50() makes one")
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -258,5 +272,4 @@ def explain(
         x = torch.empty(shape, dtype=dtype, device=first.device)
         with tracer:
             torch.func.functional_call(model, fakes, (x,))
-    backward = f"{library_of(target)}: PyTorch's operators, behind the autograd.Functions of the fused steps"
-    return Plan(tuple(tracer.rows), target.name, str(dtype).removeprefix("torch."), shape, backward)
+    return tracer, dtype
