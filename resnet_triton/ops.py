@@ -10,6 +10,7 @@ Several convolutions of one operator are passed as *units*: ``[weight, bias, gam
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,25 +85,28 @@ def _interpreting() -> bool:
 def _run(
     op: str,
     choice: plan.Choice,
-    out: Tensor,
-    launch: Callable[[], None],
+    allocate: Callable[[], Tensor],
+    launch: Callable[[Tensor], None],
     eager: Callable[[], Tensor],
+    moved: Callable[[], int],
     *,
     weight: Tensor | None = None,
     shape: ConvShape | None = None,
     epilogue: Epilogue | None = None,
-    moved: int = 0,
 ) -> Tensor:
-    """Runs a step as chosen (``launch`` fills ``out``; ``eager`` returns its own), or records it."""
+    """Runs a step as chosen (``launch`` fills what ``allocate`` made; ``eager`` returns its own), or records it.
+
+    ``moved`` says how many bytes it moves: only a record needs that.
+    """
     if Recorder.active:
-        Recorder.active.steps.append(Step(op, weight, shape, epilogue, moved, choice))
-        return out
-    if out.numel() == 0:
-        return out
-    if choice.fused:
-        launch()
-        return out
-    return channels_last(eager())
+        Recorder.active.steps.append(Step(op, weight, shape, epilogue, moved(), choice))
+        return allocate()
+    if not choice.fused:
+        return channels_last(eager())
+    out = allocate()
+    if out.numel() > 0:
+        launch(out)
+    return out
 
 
 # Layout
@@ -116,6 +120,11 @@ def channels_last(x: Tensor) -> Tensor:
 def new_channels_last(x: Tensor, n: int, c: int, h: int, w: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised ``[n,c,h,w]`` channels_last tensor on the device of ``x``."""
     return torch.empty((n, c, h, w), dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _new_conv_output(x: Tensor, n: int, k: int, p: int, q: int) -> Tensor:
+    """:func:`new_channels_last` of a result with pixels, in a third of the host time."""
+    return torch.empty_strided((n, k, p, q), (p * q * k, 1, q * k, k), dtype=x.dtype, device=x.device)
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -140,53 +149,88 @@ def dense_vectors(vectors: Vectors) -> Vectors:
 
 def _check_conv(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None) -> None:
     """Raises ValueError naming the argument, what came, what is allowed, and the way out."""
-    if x.dim() != 4:
-        raise ValueError(f"x must be [N, C, H, W], got {tuple(x.shape)}; add a batch dimension with x[None]")
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be [K, C, R, S], got {tuple(weight.shape)}")
+    _check_sizes(x.shape, weight.shape)
+    _check_types(x, weight)
+    _check_operands(x, weight, vectors, residual)
+
+
+def _check_sizes(x: Sequence[int], weight: Sequence[int]) -> None:
+    if len(x) != 4:
+        raise ValueError(f"x must be [N, C, H, W], got {tuple(x)}; add a batch dimension with x[None]")
+    if len(weight) != 4:
+        raise ValueError(f"weight must be [K, C, R, S], got {tuple(weight)}")
+    if x[1] != weight[1]:
+        raise ValueError(
+            f"x has {x[1]} channels, weight expects {weight[1]}; grouped convolutions are not fused: "
+            f"use torch.nn.functional.conv2d for those"
+        )
+
+
+def _check_types(x: Tensor, weight: Tensor) -> None:
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(
             f"x has dtype {x.dtype}, weight has {weight.dtype}; both must be the same floating type: "
             f"convert one with .to(), or run under torch.autocast"
         )
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"x has {x.shape[1]} channels, weight expects {weight.shape[1]}; grouped convolutions are not fused: "
-            f"use torch.nn.functional.conv2d for those"
-        )
-    _check_operands(x, weight, vectors, residual)
 
 
 def _check_operands(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None) -> None:
+    device, k = x.device, weight.shape[0]
+    for v in vectors:  # on every call of every convolution: only what fails is looked at closely
+        if v is not None and (v.device != device or v.dim() != 1 or v.shape[0] != k):
+            _refuse_operands(x, weight, vectors, residual)
+    if weight.device != device or (residual is not None and residual.device != device):
+        _refuse_operands(x, weight, vectors, residual)
+    bias, gamma, beta, mean, var = vectors
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias has dtype {bias.dtype}, weight has {weight.dtype}; convert one with .to()")
+    if (mean is None) != (var is None):
+        raise ValueError("mean and var belong together; got only one of them")
+    if var is None and (gamma is not None or beta is not None):
+        raise ValueError("gamma or beta came without mean and var; pass all of a BatchNorm's statistics")
+
+
+def _refuse_operands(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None) -> None:
     for name, tensor in zip((*UNIT, "residual"), (weight, *vectors, residual), strict=True):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; move both to one device")
     for name, vector in zip(UNIT[1:], vectors, strict=True):
         if vector is not None and tuple(vector.shape) != (weight.shape[0],):
             raise ValueError(f"{name} must be [K] = [{weight.shape[0]}], got {tuple(vector.shape)}")
-    bias, mean, var = vectors[0], *vectors[3:]
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(f"bias has dtype {bias.dtype}, weight has {weight.dtype}; convert one with .to()")
-    if (mean is None) != (var is None):
-        raise ValueError("mean and var belong together; got only one of them")
-    if var is None and (vectors[1] is not None or vectors[2] is not None):
-        raise ValueError("gamma or beta came without mean and var; pass all of a BatchNorm's statistics")
 
 
 def conv_out_shape(
-    x: Tensor, weight: Tensor, residual: Tensor | None, stride: int, padding: int, dilation: int
+    x: Sequence[int], weight: Sequence[int], stride: int, padding: int, dilation: int
 ) -> tuple[int, int, int, int]:
-    """``(N, K, P, Q)``; raises ValueError when the window does not fit or the residual has another shape or dtype."""
-    n, _, h, w = x.shape
-    k, _, r, s = weight.shape
+    """``(N, K, P, Q)`` for the shapes of x and weight; raises ValueError when the window does not fit."""
+    n, _, h, w = x
+    k, _, r, s = weight
     if min(stride, dilation) < 1 or padding < 0:
         raise ValueError(f"stride={stride}, dilation={dilation} must be at least 1, padding={padding} at least 0")
     out = (n, k, out_size(h, r, stride, padding, dilation), out_size(w, s, stride, padding, dilation))
     if out[2] < 1 or out[3] < 1:
         raise ValueError(f"a {r}x{s} filter (dilation {dilation}) does not fit x of {h}x{w} with padding {padding}")
-    if residual is not None and (tuple(residual.shape) != out or residual.dtype != x.dtype):
-        raise ValueError(f"residual must be {out} {x.dtype}, got {tuple(residual.shape)} {residual.dtype}")
     return out
+
+
+def _check_residual(residual: Tensor | None, out: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    if residual is not None and (residual.shape != out or residual.dtype != dtype):
+        raise ValueError(f"residual must be {out} {dtype}, got {tuple(residual.shape)} {residual.dtype}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_geometry(
+    x: torch.Size, weight: torch.Size, stride: int, padding: int, dilation: int
+) -> tuple[ConvShape, tuple[int, int, int, int]]:
+    """The convolution and its output's shape, for the shapes of x and weight."""
+    _check_sizes(x, weight)
+    out = conv_out_shape(x, weight, stride, padding, dilation)
+    n, c, h, w = x
+    k, _, r, s = weight
+    return ConvShape(n, h, w, c, k, r, s, stride, padding, dilation), out
+
+
+_epilogue = functools.cache(Epilogue)
 
 
 def conv_step(
@@ -201,20 +245,19 @@ def conv_step(
     dilation: int,
 ) -> Tensor:
     """Runs one convolution with its epilogue as planned; ``vectors`` are bias, gamma, beta, mean, var."""
-    _check_conv(x, weight, vectors, residual)
-    n, k, p, q = conv_out_shape(x, weight, residual, stride, padding, dilation)
-    _, c, h, w = x.shape
-    shape = ConvShape(n, h, w, c, k, weight.shape[2], weight.shape[3], stride, padding, dilation)
-    epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu)
+    shape, out_shape = _conv_geometry(x.shape, weight.shape, stride, padding, dilation)
+    _check_types(x, weight)
+    _check_operands(x, weight, vectors, residual)
+    _check_residual(residual, out_shape, x.dtype)
+    epilogue = _epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu)
     precision = backend.dot_precision(x.dtype)
-    if n == 0 and not Recorder.active:
-        return new_channels_last(x, n, k, p, q)
+    if shape.n == 0 and not Recorder.active:
+        return new_channels_last(x, *out_shape)
     choice = plan.choose_conv(shape, epilogue, x.dtype, precision, _target(x), backend.current_backend())
     if choice.realisation == "onednn" and not Recorder.active:
         return onednn.convolution(x, weight, vectors[0], residual, relu, stride, padding, dilation)
-    out = new_channels_last(x, n, k, p, q)
 
-    def launch() -> None:
+    def launch(out: Tensor) -> None:
         from .kernels.dispatch import launch_conv
         from .kernels.epilogue import Operands
 
@@ -225,13 +268,15 @@ def conv_step(
     def eager() -> Tensor:
         return reference.conv_bn_act(channels_last(x), weight, *vectors, residual, eps, relu, stride, padding, dilation)
 
-    fused = choice.fused or choice.realisation == "onednn"
-    moved = (
-        shape.bytes_moved(x.element_size(), residual is not None)
-        if fused
-        else plan.cost.unfused_bytes(shape, epilogue, x.element_size())
-    )
-    return _run("conv", choice, out, launch, eager, weight=weight, shape=shape, epilogue=epilogue, moved=moved)
+    def moved() -> int:
+        if choice.fused or choice.realisation == "onednn":
+            return shape.bytes_moved(x.element_size(), residual is not None)
+        return plan.cost.unfused_bytes(shape, epilogue, x.element_size())
+
+    def allocate() -> Tensor:
+        return _new_conv_output(x, *out_shape)
+
+    return _run("conv", choice, allocate, launch, eager, moved, weight=weight, shape=shape, epilogue=epilogue)
 
 
 # Operators
@@ -268,7 +313,9 @@ def conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, st
 
 def _fake_conv(x, weight, vectors, residual, stride, padding, dilation):
     _check_conv(x, weight, vectors, residual)
-    return new_channels_last(x, *conv_out_shape(x, weight, residual, stride, padding, dilation))
+    out = conv_out_shape(x.shape, weight.shape, stride, padding, dilation)
+    _check_residual(residual, out, x.dtype)
+    return new_channels_last(x, *out)
 
 
 def _fake_conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation):
@@ -277,11 +324,10 @@ def _fake_conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, re
 
 def split_units(units: Sequence[Sequence[Tensor | None]], eps: Sequence[float], geometry: Sequence[int]):
     """``(weight, vectors, eps, (stride, padding, dilation))`` of each unit, None for an absent one."""
-    present = [unit for unit in units if unit]
-    if len(eps) != len(present) or len(geometry) != 3 * len(present):
+    present = sum(1 for unit in units if unit)
+    if len(eps) != present or len(geometry) != 3 * present:
         raise ValueError(
-            f"{len(present)} units need {len(present)} eps and {3 * len(present)} geometry values, "
-            f"got {len(eps)} and {len(geometry)}"
+            f"{present} units need {present} eps and {3 * present} geometry values, got {len(eps)} and {len(geometry)}"
         )
     parts: list[Any] = []
     i = 0
@@ -364,23 +410,23 @@ def stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool
     p, q = _check_stem(x, weight, norm_mean, norm_std)
     _check_operands(x, weight, (bias, gamma, beta, mean, var), None)
     n, k = x.shape[0], weight.shape[0]
-    y = new_channels_last(x, n, k, p, q, weight.dtype)
-    target = _target(x)
     if n > 0 or Recorder.active:
-        y = _stem_conv(x, weight, (bias, gamma, beta, mean, var), norm_mean, norm_std, eps, y, target)
+        y = _stem_conv(x, weight, (bias, gamma, beta, mean, var), norm_mean, norm_std, eps, (n, k, p, q))
+    else:
+        y = new_channels_last(x, n, k, p, q, weight.dtype)
     return max_pool_step(y, 3, 2, 1) if pool else y
 
 
-def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target):
-    n, k = y.shape[:2]
+def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, out_shape):
+    n, k = out_shape[:2]
     _, _, h, w = x.shape
     shape = ConvShape(n, h, w, 3, k, 7, 7, 2, 3)
     epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, False, True)
     dtype, size = weight.dtype, weight.element_size()
     precision = backend.dot_precision(dtype)
-    choice = plan.choose_stem(shape, epilogue, dtype, target, backend.current_backend(), precision)
+    choice = plan.choose_stem(shape, epilogue, dtype, _target(x), backend.current_backend(), precision)
 
-    def launch() -> None:
+    def launch(y: Tensor) -> None:
         from .kernels import stem as kernels
         from .kernels.epilogue import Operands
 
@@ -397,26 +443,38 @@ def _stem_conv(x, weight, vectors: Vectors, norm_mean, norm_std, eps, y, target)
         image = channels_last(reference.normalise(x, norm_mean, norm_std, dtype))
         return reference.conv_bn_act(image, weight, *vectors, residual=None, eps=eps, relu=True, stride=2, padding=3)
 
-    cost = plan.cost
-    moved = cost.stem_bytes(shape, size) if choice.fused else cost.unfused_bytes(shape, epilogue, size)
-    return _run("stem", choice, y, launch, eager, weight=weight, shape=shape, epilogue=epilogue, moved=moved)
+    def moved() -> int:
+        cost = plan.cost
+        return cost.stem_bytes(shape, size) if choice.fused else cost.unfused_bytes(shape, epilogue, size)
+
+    def allocate() -> Tensor:
+        return new_channels_last(x, n, k, out_shape[2], out_shape[3], dtype)
+
+    return _run("stem", choice, allocate, launch, eager, moved, weight=weight, shape=shape, epilogue=epilogue)
 
 
 def max_pool_step(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """Max-pools a channels_last activation."""
     n, c, h, w = x.shape
-    out = new_channels_last(x, n, c, out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding))
-    moved = (x.numel() + out.numel()) * x.element_size()
-    theirs = moved + 8 * out.numel()  # PyTorch's also stores an int64 index per value
+    p, q = out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)
+    pixels = n * c * p * q
+    moved = (x.numel() + pixels) * x.element_size()
+    theirs = moved + 8 * pixels  # PyTorch's also stores an int64 index per value
     choice = plan.choose_step("max_pool", _target(x), x.dtype, backend.current_backend(), (moved, 1), (theirs, 1))
 
-    def launch() -> None:
+    def launch(out: Tensor) -> None:
         from .kernels.pool import launch_max_pool
 
         launch_max_pool(nhwc(x), out.permute(0, 2, 3, 1), kernel, stride, padding)
 
-    moved = moved if choice.fused else theirs
-    return _run("max_pool", choice, out, launch, lambda: torch.max_pool2d(x, kernel, stride, padding), moved=moved)
+    return _run(
+        "max_pool",
+        choice,
+        lambda: new_channels_last(x, n, c, p, q),
+        launch,
+        lambda: torch.max_pool2d(x, kernel, stride, padding),
+        lambda: moved if choice.fused else theirs,
+    )
 
 
 def _fake_stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool):
@@ -444,18 +502,24 @@ def head(x, weight, bias):
     _check_head(x, weight, bias)
     n, c = x.shape[:2]
     k = weight.shape[0]
-    out = x.new_empty(n, k)
     choice = plan.choose_head(n, c, k, x.dtype, _target(x), backend.current_backend(), x.shape[2] * x.shape[3])
 
-    def launch() -> None:
+    def launch(out: Tensor) -> None:
         from .kernels.head import launch_head
 
         precision = backend.dot_precision(x.dtype)
         rows, addend = aligned(weight.contiguous()), None if bias is None else bias.contiguous()
         launch_head(nhwc(x), rows, addend, x.new_empty(n, c), out, choice.tiling, precision)
 
-    moved = plan.cost.head_bytes(n, c, k, x.shape[2] * x.shape[3], x.element_size())
-    return _run("head", choice, out, launch, lambda: reference.head(x, weight, bias), weight=weight, moved=moved)
+    return _run(
+        "head",
+        choice,
+        lambda: x.new_empty(n, k),
+        launch,
+        lambda: reference.head(x, weight, bias),
+        lambda: plan.cost.head_bytes(n, c, k, x.shape[2] * x.shape[3], x.element_size()),
+        weight=weight,
+    )
 
 
 def _fake_head(x, weight, bias):
@@ -507,18 +571,24 @@ def _check_add(x, y) -> None:
 
 def add_relu(x, y):
     """Implementation of ``torch.ops.resnet_triton.add_relu``."""
-    out = _fake_add_relu(x, y)
+    _check_add(x, y)
     moved = 3 * x.numel() * x.element_size()
     theirs = moved + 2 * x.numel() * x.element_size()
     choice = plan.choose_step("add_relu", _target(x), x.dtype, backend.current_backend(), (moved, 1), (theirs, 2))
 
-    def launch() -> None:
+    def launch(out: Tensor) -> None:
         from .kernels.add_relu import launch_add_relu
 
         launch_add_relu(_dense(x), _dense(y), out)
 
-    moved = moved if choice.fused else theirs
-    return _run("add_relu", choice, out, launch, lambda: _dense(reference.add_relu(x, y)), moved=moved)
+    return _run(
+        "add_relu",
+        choice,
+        lambda: _fake_add_relu(x, y),
+        launch,
+        lambda: _dense(reference.add_relu(x, y)),
+        lambda: moved if choice.fused else theirs,
+    )
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -540,7 +610,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "fold_bn": fold_bn,
     "add_relu": add_relu,
 }
-_FAKES: dict[str, Callable] = {
+FAKES: dict[str, Callable] = {
     "conv_bn_act": _fake_conv_bn_act,
     "block_tail": _fake_block_tail,
     "bottleneck": _fake_bottleneck,
@@ -551,4 +621,4 @@ _FAKES: dict[str, Callable] = {
 }
 for _name, _implementation in IMPLEMENTATIONS.items():
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"resnet_triton::{_name}", _FAKES[_name], lib=library)
+    torch.library.register_fake(f"resnet_triton::{_name}", FAKES[_name], lib=library)
