@@ -23,7 +23,7 @@ from . import structure
 from .families import family_of
 
 logger = logging.getLogger("resnet_triton")
-KNOWN = "torchvision, timm, Hugging Face or this package"
+KNOWN = "torchvision, timm, Hugging Face and this package"
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def fused_class(base: Any) -> type[nn.Module]:
         "__doc__": f"{base.__name__} whose forward runs fused; see resnet_triton.convert.",
     }
     for name, replacement in family.methods.items():
-        body[name] = replacement
+        body[name] = _renamed(replacement, name)
         eager = "_eager" if name == "forward" else f"_eager_{name}"
         body[eager] = _renamed(getattr(base, name), eager)
     return type(f"Fused{base.__name__}", (base,), body)
 
 
-def _renamed(f: FunctionType, name: str) -> FunctionType:
+def _renamed(f: Any, name: str) -> FunctionType:
     """A copy of a method under another name: TorchScript registers methods by the name that they carry."""
     copied = FunctionType(f.__code__, f.__globals__, name, f.__defaults__, f.__closure__)
     copied.__annotations__ = dict(f.__annotations__)
@@ -134,8 +134,9 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
         _weights_channels_last(m)
     if not any(_marker(m).kind == "block" for m in converted):
         logger.warning(
-            "convert found no residual block it knows in %s; it runs as before. Known are the ResNets of %s.",
-            type(model).__name__,
+            "convert found no residual block that it knows in %s; %s. Known are the ResNets of %s.",
+            original_class(model).__name__,
+            "only its stem and head may run fused" if converted else "it runs as before",
             KNOWN,
         )
     return model

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -17,6 +15,15 @@ from torch.nn.modules import module as torch_module
 
 # Converted modules and their children: attributes that only a spec knows, so nothing for a type checker to see.
 Converted = Any
+
+
+def child(m: Converted, path: str) -> Converted:
+    """A module below ``m`` by its dotted path; Dynamo can trace it."""
+    if "." not in path:
+        return getattr(m, path)
+    for name in path.split("."):
+        m = getattr(m, name)
+    return m
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,9 @@ class UnitSpec:
     norm: str
     then: tuple[str, ...] = ()
 
-    @cached_property
-    def read(self) -> Any:
-        """Reads convolution, normalisation and the modules behind them off a block."""
-        return attrgetter(self.conv, self.norm, *self.then)
+    def read(self, block: Converted) -> list[Converted]:
+        """Convolution, normalisation and the modules behind them of a block."""
+        return [child(block, path) for path in (self.conv, self.norm, *self.then)]
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,7 @@ def transient_reason(block: Converted, spec: BlockSpec) -> str | None:
     for u in spec.units:
         modules += u.read(block)
     for name in spec.owners:
-        owner = attrgetter(name)(block)
+        owner = child(block, name)
         if type(owner) is not nn.Sequential and not _is_hugging_face(owner, "ResNetConvLayer"):
             return f"{name} is {type(owner).__name__}"
         modules.append(owner)
@@ -263,13 +269,13 @@ def partial_reasons(block: Converted) -> dict[str, str]:
         if reason := why_not_unit(u, conv, norm):
             reasons |= dict.fromkeys((u.conv, u.norm), reason)
     for name in (n for u in spec.units for n in u.then):
-        m = attrgetter(name)(block)
+        m = child(block, name)
         if type(m) is not nn.ReLU and not does_nothing(m):
             reasons[name] = f"{name} is {type(m).__name__}"
     for name in spec.branch:
         m = getattr(block, name)
         if not does_nothing(m):
-            reasons[name] = f"{name} is {type(m).__name__}"
+            reasons[name] = f"{name} is {type(m).__name__} between the last BN and the addition"
     if reason := why_not_shortcut(getattr(block, spec.shortcut), spec.shortcut):
         reasons[spec.shortcut] = reason
     return reasons
