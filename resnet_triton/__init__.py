@@ -22,6 +22,7 @@ from .models import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .registry import register
 
 __all__ = [
     "__version__",
@@ -30,6 +31,7 @@ __all__ = [
     "fold",
     "functional",
     "info",
+    "register",
     "resnet18",
     "resnet34",
     "resnet50",
