@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +45,8 @@ _NAMES = {
     "clone": "copy",
     "copy_": "copy",
 }
+# What a model that needs values, not only shapes, raises on shape-only tensors.
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 # Neither read nor write an activation.
 _FREE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "set_"}
 
@@ -207,6 +210,12 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
+def _converted_child(model: nn.Module) -> str:
+    """The first child that holds converted modules, such as a detector's ``backbone``."""
+    holds = (name for name, child in model.named_children() if any(is_converted(m) for m in child.modules()))
+    return next(holds, "backbone")
+
+
 def explain(
     model: nn.Module,
     input_shape: Sequence[int],
@@ -225,7 +234,8 @@ def explain(
 
     Raises:
         TypeError: ``model`` is not an nn.Module, or ``dtype`` not a torch.dtype.
-        ValueError: for an unknown device or a shape that is not four positive sizes.
+        ValueError: for an unknown device, a shape that is not four positive sizes, or a model whose shapes depend on
+            values, such as a detector: explain its backbone.
     """
     tracer, dtype = _trace(model, input_shape, dtype, device)
     backward = f"{library_of(tracer.target)}: PyTorch's operators, behind the autograd.Functions of the fused steps"
@@ -270,6 +280,12 @@ def _trace(
     tracer = _Tracer(target, names, _reasons(model))
     with mode, torch.no_grad():
         x = torch.empty(shape, dtype=dtype, device=first.device)
-        with tracer:
-            torch.func.functional_call(model, fakes, (x,))
+        try:
+            with tracer:
+                torch.func.functional_call(model, fakes, (x,))
+        except _NEEDS_VALUES as error:
+            raise ValueError(
+                f"explain cannot follow {type(model).__name__}: its shapes depend on values ({error}). "
+                f"Explain the part that holds the blocks: explain(model.{_converted_child(model)}, (N, C, H, W))"
+            ) from error
     return tracer, dtype

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torchvision.models import resnet as tv
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from resnet_triton import convert, cost, explain, fold, ops, use_backend
 from resnet_triton.devices import known_devices
@@ -331,3 +332,14 @@ def test_parts_and_getters() -> None:
 def test_the_backward_is_named() -> None:
     plan = explain(convert(tv.resnet18()), (1, 3, 64, 64), device="NVIDIA H200")
     assert plan.backward.startswith("cudnn") and f"backward: {plan.backward}" in str(plan)
+
+
+def test_a_detector_is_told_to_explain_its_backbone() -> None:
+    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
+    converted = convert(model, inplace=True)
+    with pytest.raises(ValueError, match=r"cannot follow FasterRCNN.*explain\(model\.backbone, \(N, C, H, W\)\)"):
+        explain(converted, (1, 3, 64, 64))
+    plan = explain(converted.backbone, (1, 3, 64, 64), device=H200)
+    assert {"layer4.2.conv3", "inner_blocks.0.0"} <= {
+        row.name.removeprefix("body.").removeprefix("fpn.") for row in plan.rows
+    }
