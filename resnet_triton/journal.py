@@ -7,15 +7,26 @@ do not count.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 INTERRUPTED = "interrupted"  # not the work's own fault: it is done again next time
 
 Record = dict[str, Any]
+
+
+def hash_of(files: Iterable[Path], *facts: str) -> str:
+    """A hash of source files and of whatever else results depend on."""
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class Journal:
@@ -30,6 +41,7 @@ class Journal:
     def __init__(self, path: Path, code: str = "", worker: str = "") -> None:
         self.path, self.code, self.worker = path, code, worker
         self.finished: dict[str, Record] = {}
+        self.interrupted: Counter[str] = Counter()
         self._open: dict[str, Record] = {}
         self._read = 0
         self.reload()
@@ -41,6 +53,14 @@ class Journal:
     def finish(self, key: str, status: str, **result: Any) -> None:
         """Notes the end of started work. A status of :data:`INTERRUPTED` leaves it unfinished."""
         self._append({"event": "finish", "key": key, "status": status, **result})
+
+    def resume(self) -> None:
+        """Settles what a killed process left open: it is done again, unless that has come to nothing twice already."""
+        for record in self.open():
+            if self.interrupted[record["key"]] < 2:
+                self.finish(record["key"], INTERRUPTED)
+            else:
+                self.finish(record["key"], "crashed", detail="the process died each time that it ran")
 
     def open(self, worker: str | None = None) -> list[Record]:
         """Start records without an end, oldest first: of one worker, or of all."""
@@ -68,7 +88,9 @@ class Journal:
             self._open[key] = record
             return
         started = self._open.pop(key, {})
-        if record["status"] != INTERRUPTED and record["code"] == self.code:
+        if record["status"] == INTERRUPTED:
+            self.interrupted[key] += 1
+        elif record["code"] == self.code:
             seconds = record["time"] - started.get("time", record["time"])
             self.finished[key] = {**started, **record, "seconds": round(seconds, 3)}
 

@@ -10,6 +10,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -57,13 +58,27 @@ def errors(out: torch.Tensor, wanted: torch.Tensor) -> Errors:
 
 @contextlib.contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Within the block, cuDNN and cuBLAS compute fp32 without TF32."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Within the block, cuDNN computes fp32 without TF32."""
+    with fp32_precision("ieee"):
+        yield
+
+
+@contextlib.contextmanager
+def fp32_precision(precision: str) -> Iterator[None]:
+    """Within the block, cuDNN's convolutions form fp32 products in ``"tf32"`` or exactly (``"ieee"``)."""
+    cudnn: Any = torch.backends.cudnn
+    setting, name = cudnn, "allow_tf32"
+    value: bool | str = precision == "tf32"
+    try:
+        before = cudnn.allow_tf32
+    except RuntimeError:  # set through the API of torch 2.9, which does not mix with the other
+        setting, name, value = cudnn.conv, "fp32_precision", precision
+        before = setting.fp32_precision
+    setattr(setting, name, value)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(setting, name, before)
 
 
 @contextlib.contextmanager

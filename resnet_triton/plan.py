@@ -7,9 +7,11 @@ configuration found there; otherwise the cost model chooses.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -137,7 +139,13 @@ def choose_conv(
         RuntimeError: ``use_backend("triton")`` is in force and no kernel can run.
     """
     choice = _choose_conv(shape, epilogue, dtype, precision, target, backend)
-    if AUTOTUNE and choice.measured_us is None and choice.predicted_us is not None and backend != "cudnn":
+    if (
+        AUTOTUNE
+        and not _quiet
+        and choice.measured_us is None
+        and choice.predicted_us is not None
+        and backend != "cudnn"
+    ):
         from .tune import tune_now
 
         if tune_now(shape, epilogue, dtype, precision, target):
@@ -264,10 +272,23 @@ def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, target: Target, backend:
 
 
 _warned: set[tuple[str, str]] = set()
+_quiet = False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block, nothing is said about missing measurements, nor measured: the caller is about to."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+        _choose_conv.cache_clear()
 
 
 def _warn_once(kind: str, target: Target, text: str) -> None:
-    if (kind, target.name) not in _warned and not AUTOTUNE:
+    if (kind, target.name) not in _warned and not (AUTOTUNE or _quiet):
         _warned.add((kind, target.name))
         logger.warning("%s", text)
 

@@ -190,9 +190,9 @@ def search(
         key = f"{name} / {config.kernel} {config}{suffix}"
         if journal is not None and (known := _known(journal, key, config)):
             return known
+        why = unfit(config) if unfit else None
         if journal is not None:
             journal.start(key, limit_s, kernel=config.kernel, config=str(config))
-        why = unfit(config) if unfit else None
         trial, error = (Trial(config, "unfit", None, why), None) if why else _measure(config, timer, validate)
         crashed = error is not None and lost is not None and lost()
         if crashed:

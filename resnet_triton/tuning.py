@@ -279,14 +279,16 @@ def read(path: Path) -> Tuned:
 def _bytes_of(path: Path) -> bytes:
     """The content of a regular file of bounded size; a pipe or a device is not waited for."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is not a regular file; {WAY_OUT}")
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} has {status.st_size} bytes, allowed: {MAX_BYTES}; {WAY_OUT}")
-    return content
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"{path} has {status.st_size} bytes, allowed: {MAX_BYTES}; {WAY_OUT}")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES)
+    finally:
+        os.close(handle)
 
 
 def load(path: Path) -> list[Entry]:
@@ -327,7 +329,7 @@ def save(path: Path, device_name: str, entries: Iterable[Entry], sm: int | None 
 
 
 def merge(path: Path, device_name: str, entries: Iterable[Entry], sm: int | None = None) -> None:
-    """Adds entries to a file, in place of those for the same convolutions; the others stay.
+    """Adds entries to a file, in place of those for the same convolutions; the others stay. None at all only checks it.
 
     Raises:
         ValueError: the file is there and cannot be read as one of this device; it is left as it is.
@@ -341,8 +343,9 @@ def merge(path: Path, device_name: str, entries: Iterable[Entry], sm: int | None
                 raise ValueError(f"{path} is of {before.device!r}, these entries are of {device_name!r}; {WAY_OUT}")
             found = {entry.key: entry for entry in before.entries}
             sm = before.sm if sm is None else sm
-        found |= {entry.key: entry for entry in entries}
-        save(path, device_name, found.values(), sm)
+        added = {entry.key: entry for entry in entries}
+        if added:
+            save(path, device_name, (found | added).values(), sm)
 
 
 @contextlib.contextmanager

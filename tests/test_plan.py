@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from resnet_triton import onednn, plan, tuning
+from resnet_triton import cli, onednn, plan, tune, tuning
 from resnet_triton.backend import BACKENDS
 from resnet_triton.devices import Target, known_devices, target_of
 from resnet_triton.kernels.config import ConvConfig, Epilogue, runs_on
@@ -28,15 +30,15 @@ CONFIG = ConvConfig("conv1x1", (1, 1, 128), 64, 64)
 
 
 @pytest.fixture(autouse=True)
-def entries(monkeypatch: pytest.MonkeyPatch) -> dict[str, Entry | None]:
+def entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What the store of measurements answers, instead of files."""
-    answer: dict[str, Entry | None] = {"entry": None}
+    answer: dict[str, Any] = {"entry": None}
     monkeypatch.setattr(tuning, "lookup", lambda *arguments: answer["entry"])
-    choose_conv.cache_clear()
-    plan.warn_unmeasured.cache_clear()
+    monkeypatch.setattr(tuning, "lookup_sibling", lambda *arguments: answer.get("sibling"))
+    monkeypatch.setattr(plan, "_warned", set())
+    plan.forget()
     yield answer
-    choose_conv.cache_clear()
-    plan.warn_unmeasured.cache_clear()
+    plan.forget()
 
 
 def choose(shape=SHAPE, epilogue=FULL, dtype=torch.half, target=H200, backend="auto", precision="tf32"):
@@ -156,6 +158,7 @@ def test_a_slower_kernel_runs_if_asked_for(entries) -> None:
     [
         (ConvConfig("conv_tma", (2, 8, 8), 512, 64), H200),  # a box of 512 channels
         (ConvConfig("conv1x1", (1, 1, 128), 64, 64), A100),  # tensor maps on a GPU without
+        (ConvConfig("conv1x1", (1, 1, 256), 256, 128, 8, 8), H200),  # a megabyte of shared memory
     ],
 )
 def test_a_measurement_of_a_kernel_that_cannot_run_is_not_believed(config: ConvConfig, target: Target, entries) -> None:
@@ -168,6 +171,76 @@ def test_a_measurement_of_a_kernel_that_cannot_run_is_not_believed(config: ConvC
 def test_a_measurement_of_the_pointer_kernel_holds_without_tma(entries) -> None:
     entries["entry"] = entry(50.0, 80.0, ConvConfig("conv_pointer", (1, 1, 128), 64, 64))
     assert choose(target=A100).measured_us == 50.0
+
+
+def test_a_measurement_at_another_batch_says_which(entries) -> None:
+    entries["entry"] = entry(50.0, 80.0)
+    assert choose(replace(SHAPE, n=200)).reason == "measured 50.0 us against 80.0 us by cudnn at batch 256"
+
+
+# Measured on another GPU of the architecture
+
+
+@pytest.mark.parametrize(("us", "fused"), [(60.0, True), (70.0, False)])
+def test_a_siblings_configuration_serves_where_it_won_clearly(us: float, fused: bool, entries, caplog) -> None:
+    config = replace(CONFIG, stages=4)
+    entries["sibling"] = ("NVIDIA GH200", entry(us, 80.0, config))
+    choice = choose()
+    assert choice.fused is fused and choice.measured_us is None, "a time of another GPU is no measurement here"
+    assert choice.predicted_us and choice.config == (config if fused else None)
+    assert choice.reason == f"unmeasured here; {us} us against 80.0 us by cudnn on NVIDIA GH200"
+    assert choose(backend="triton").config == config
+    choose(replace(SHAPE, n=128))
+    (text,) = warned(caplog)
+    assert "those of NVIDIA GH200 (also sm_90) serve" in text
+    assert "`resnet-triton tune --model resnet50 --batch 256 --dtype fp16`" in text
+
+
+def test_a_siblings_configuration_that_does_not_fit_is_passed_over(entries) -> None:
+    entries["sibling"] = ("NVIDIA GH200", entry(1.0, 80.0, ConvConfig("conv1x1", (1, 1, 256), 256, 128, 8, 8)))
+    assert choose().reason.startswith("unmeasured; predicted")
+
+
+def test_its_own_measurement_comes_first(entries) -> None:
+    entries["entry"] = entry(50.0, 80.0)
+    entries["sibling"] = ("NVIDIA GH200", entry(1.0, 80.0, replace(CONFIG, stages=4)))
+    assert choose().config == CONFIG
+
+
+# At the first call
+
+
+@pytest.fixture
+def measured_now(entries, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """``RESNET_TRITON_AUTOTUNE=1``, and a GPU that measures 50 us; notes what was measured."""
+    calls: list[tuple] = []
+
+    def tune_now(*arguments) -> bool:
+        calls.append(arguments)
+        entries["entry"] = entry(50.0, 80.0)
+        return True
+
+    monkeypatch.setattr(tune, "tune_now", tune_now)
+    monkeypatch.setattr(plan, "AUTOTUNE", True)
+    return calls
+
+
+def test_a_first_call_measures_only_if_asked_for(measured_now, monkeypatch, caplog) -> None:
+    assert choose().measured_us == 50.0
+    assert measured_now == [(SHAPE, FULL, torch.half, "tf32", H200)]
+    assert choose().measured_us == 50.0 and len(measured_now) == 1
+    assert not warned(caplog)
+    monkeypatch.setattr(plan, "AUTOTUNE", False)
+    monkeypatch.setattr(tuning, "lookup", lambda *arguments: None)
+    plan.forget()
+    assert choose().measured_us is None and len(measured_now) == 1
+
+
+def test_a_first_call_measures_nothing_that_would_not_run(measured_now) -> None:
+    choose(backend="cudnn")
+    choose(target=CPU, dtype=torch.float32)
+    choose(dtype=torch.float64)
+    assert not measured_now
 
 
 # Unmeasured
@@ -184,7 +257,14 @@ def test_a_clear_win_runs_and_warns_once(caplog: pytest.LogCaptureFixture) -> No
     assert choice.reason.startswith("unmeasured; predicted ") and "by cudnn" in choice.reason
     choose(replace(SHAPE, n=128))
     (text,) = warned(caplog)
-    assert "NVIDIA H200" in text and "bench/gpu_suite.py" in text
+    assert "NVIDIA H200" in text and "`resnet-triton tune --model resnet50 --batch 256 --dtype fp16`" in text
+
+
+def test_the_command_names_dtype_and_precision() -> None:
+    command = plan.tune_command(8, torch.float32, "ieee")
+    assert command == "resnet-triton tune --model resnet50 --batch 8 --dtype fp32 --precision ieee"
+    options = cli.parser().parse_args(command.split()[1:])
+    assert (options.batch, options.dtype, options.precision) == ([8], ["fp32"], "ieee")
 
 
 def test_no_clear_win_leaves_it_to_the_library(caplog: pytest.LogCaptureFixture) -> None:
@@ -200,10 +280,10 @@ def test_the_margin_is_the_documented_one(monkeypatch: pytest.MonkeyPatch) -> No
     share = choice.predicted_us / library_us
     assert share <= plan.CLEAR_WIN
     monkeypatch.setattr(plan, "CLEAR_WIN", share * 0.999)
-    choose_conv.cache_clear()
+    plan.forget()
     assert choose().realisation == "cudnn"
     monkeypatch.setattr(plan, "CLEAR_WIN", share * 1.001)
-    choose_conv.cache_clear()
+    plan.forget()
     assert choose().fused
 
 

@@ -8,14 +8,15 @@ import math
 import pytest
 import torch
 
-from resnet_triton import measure, tuning
+from resnet_triton import cost, measure, tuning
+from resnet_triton.backend import dot_precision
 from resnet_triton.devices import Target, known_devices
 from resnet_triton.journal import INTERRUPTED, Journal
-from resnet_triton.kernels.config import ConvConfig, Epilogue, heuristic, runs_on
+from resnet_triton.kernels.config import ConvConfig, Epilogue, heuristic
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.measure import ConvProblem, Errors
 from resnet_triton.shapes import resnet_convs
-from resnet_triton.tuner import LIMIT, DeviceLost, Timing, candidates, search, shared_bytes, tune_conv
+from resnet_triton.tuner import LIMIT, DeviceLost, Timing, candidates, entry_of, key_of, search
 
 H200, A100 = known_devices()["NVIDIA H200"], known_devices()["NVIDIA A100-SXM4-80GB"]
 SHAPE, EPILOGUE, DTYPE = ConvShape(32, 14, 14, 256, 256, 3, 3, 1, 1), Epilogue(bn=True, relu=True), torch.bfloat16
@@ -36,7 +37,8 @@ def planted(best: ConvConfig):
 
 
 def tune(**kwargs) -> tuning.Entry | None:
-    return tune_conv(SHAPE, EPILOGUE, DTYPE, **{"validate": fine, "candidates": CONFIGS, **kwargs})
+    trials = search(SHAPE, EPILOGUE, DTYPE, **{"validate": fine, "candidates": CONFIGS, **kwargs})
+    return entry_of(SHAPE, EPILOGUE, DTYPE, trials)
 
 
 @pytest.mark.parametrize("batch", [1, 32, 256])
@@ -49,10 +51,14 @@ def test_candidates_can_run(target: Target, dtype: torch.dtype, batch: int) -> N
         assert len(set(found)) == len(found)
         assert found[0] == heuristic(shape, dtype.itemsize, target.tma)
         for config in found:
-            assert runs_on(config, shape, dtype.itemsize)
+            assert cost.fits(config, shape, dtype.itemsize, epilogue.residual, target)
             assert (config.kernel == "conv_pointer") == (not target.tma)
-        for config in found[1:]:
-            assert shared_bytes(config, dtype.itemsize, epilogue.residual) <= target.shared_memory
+
+
+def test_exact_fp32_is_tuned_without_tma() -> None:
+    found = candidates(SHAPE, torch.float32, H200, precision="ieee")
+    assert len(found) >= 4 and {config.kernel for config in found} == {"conv_pointer"}
+    assert key_of(SHAPE, EPILOGUE, torch.float32, "ieee") != key_of(SHAPE, EPILOGUE, torch.float32)
 
 
 def test_candidates_follow_the_cost_model() -> None:
@@ -104,6 +110,38 @@ def test_skips_what_raises_or_is_wrong() -> None:
     assert len(trials) == len(CONFIGS)
     assert by_config[raises].status == "error" and "shared memory" in by_config[raises].reason
     assert by_config[wrong].status == "wrong" and by_config[wrong].timing is None
+
+
+def test_drops_what_the_compiler_finds_unfit(tmp_path) -> None:
+    """Before it runs, and a resumed search does not ask again."""
+    timed: list[ConvConfig] = []
+    asked: list[ConvConfig] = []
+
+    def unfit(config: ConvConfig) -> str | None:
+        asked.append(config)
+        return "spills 64 bytes a thread" if config in CONFIGS[:2] else None
+
+    def timer(config: ConvConfig) -> Timing:
+        timed.append(config)
+        return planted(CONFIGS[0])(config)
+
+    for _ in range(2):
+        trials = search(
+            SHAPE,
+            EPILOGUE,
+            DTYPE,
+            timer=timer,
+            validate=fine,
+            candidates=CONFIGS,
+            unfit=unfit,
+            journal=Journal(tmp_path / "journal.jsonl"),
+        )
+        assert trials[0].config == CONFIGS[2]
+        assert [(t.status, t.reason) for t in trials if t.config in CONFIGS[:2]] == [
+            ("unfit", "spills 64 bytes a thread")
+        ] * 2
+    assert not set(CONFIGS[:2]) & set(timed)
+    assert asked[: len(CONFIGS)] == CONFIGS and len(asked) == len(CONFIGS) + 2, "and the two finalists once more"
 
 
 def test_nothing_computes_it() -> None:
@@ -163,12 +201,12 @@ def test_entries_are_found_again(tmp_path, monkeypatch) -> None:
     assert entry is not None
     tuning.save(tmp_path / tuning.file_name("Some GPU"), "Some GPU", [entry])
     monkeypatch.setenv("RESNET_TRITON_CONFIG_DIR", str(tmp_path))
-    tuning.entries_for.cache_clear()
+    tuning.forget()
     try:
         assert tuning.lookup("Some GPU", SHAPE, DTYPE, residual=False) == entry
         assert tuning.lookup("Some GPU", SHAPE, DTYPE, residual=True) is None
     finally:
-        tuning.entries_for.cache_clear()
+        tuning.forget()
 
 
 def test_journal_survives_torn_lines_and_ignores_other_code(tmp_path) -> None:
@@ -189,6 +227,29 @@ def test_journal_survives_torn_lines_and_ignores_other_code(tmp_path) -> None:
     assert json.loads(path.read_text().splitlines()[-1])["key"] == "three"
     journal.reload()
     assert [r["key"] for r in journal.open("b")] == ["three"]
+
+
+def test_a_killed_process_costs_nobody_at_first(tmp_path) -> None:
+    """What was open is done again; what is open for the third time is taken for the culprit."""
+    path = tmp_path / "journal.jsonl"
+    for _ in range(2):
+        journal = Journal(path, "code")
+        journal.start("one")  # and then kill -9
+        journal = Journal(path, "code")
+        journal.resume()
+        assert not journal.open() and not journal.finished
+    journal.start("one")
+    journal = Journal(path, "code")
+    journal.resume()
+    assert journal.finished["one"]["status"] == "crashed"
+
+
+def test_the_precision_of_fp32_is_set_and_restored() -> None:
+    before = dot_precision(torch.float32)
+    for precision in ("ieee", "tf32"):
+        with measure.fp32_precision(precision):
+            assert dot_precision(torch.float32) == precision
+    assert dot_precision(torch.float32) == before
 
 
 def test_errors_are_judged_beside_the_library() -> None:

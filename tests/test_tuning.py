@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import pytest
 import torch
 
 from resnet_triton import plan, tuning
+from resnet_triton.devices import Target
 from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.tuning import Entry
 
 DEVICE = "NVIDIA Test GPU"
 SHAPE = ConvShape(32, 14, 14, 64, 64, 3, 3, 1, 1)
-ENTRY = Entry(SHAPE, "float16", True, ConvConfig("conv_tma", (32, 2, 2), 64, 64, 8, 4), 12.5, 20.0)
+CONFIG = ConvConfig("conv_tma", (32, 2, 2), 64, 64, 8, 4)
+ENTRY = Entry(SHAPE, "float16", True, CONFIG, 12.5, 20.0, versions={"torch": "2.11.0"})
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +36,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 
 def forget() -> None:
-    tuning.entries_for.cache_clear()
-    plan.choose_conv.cache_clear()
+    plan.forget()
 
 
 def store(folder: Path, *entries: Entry, device: str = DEVICE) -> Path:
     path = folder / tuning.file_name(device)
-    tuning.save(path, device, list(entries))
+    tuning.save(path, device, list(entries), 90)
     forget()
     return path
 
@@ -50,13 +53,15 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_round_trip(folders) -> None:
-    other = replace(ENTRY, shape=replace(SHAPE, stride=2, dilation=1), dtype="bfloat16", residual=False)
+    other = replace(
+        ENTRY, shape=replace(SHAPE, stride=2), dtype="float32", precision="ieee", residual=False,
+        versions=tuning.versions(),
+    )  # fmt: skip
     path = store(folders["cache"], ENTRY, other)
     assert tuning.load(path) == [ENTRY, other]
-    assert tuning.entries_for(DEVICE) == (ENTRY, other)
     data = json.loads(path.read_text())
-    assert data["format"] == tuning.FORMAT and data["device"] == DEVICE
-    assert data["versions"]["torch"] == torch.__version__
+    assert data["format"] == tuning.FORMAT and data["device"] == DEVICE and data["sm"] == 90
+    assert tuning.load(path)[1].versions["torch"] == torch.__version__
 
 
 def test_saving_replaces_the_file_and_leaves_nothing_else(folders) -> None:
@@ -69,15 +74,15 @@ def test_saving_replaces_the_file_and_leaves_nothing_else(folders) -> None:
 def test_an_interrupted_save_keeps_the_old_file(folders, monkeypatch: pytest.MonkeyPatch) -> None:
     path = store(folders["cache"], ENTRY)
 
-    def fail(self: Path, text: str) -> None:
-        self.write_bytes(text[: len(text) // 2].encode())
+    def fail(*arguments) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         tuning.save(path, DEVICE, [replace(ENTRY, us=1.0)])
     monkeypatch.undo()
     assert tuning.load(path) == [ENTRY]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -108,16 +113,17 @@ def test_without_xdg_the_cache_lies_in_the_home(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_named_folder_wins_over_the_cache(folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    store(folders["cache"], replace(ENTRY, us=1.0))
+    other = replace(SHAPE, c=128)
+    store(folders["cache"], replace(ENTRY, us=1.0), replace(ENTRY, us=1.0, shape=other))
     store(folders["named"], replace(ENTRY, us=2.0))
     assert tuning.lookup(DEVICE, SHAPE, torch.half, True).us == 1.0
     monkeypatch.setenv("RESNET_TRITON_CONFIG_DIR", str(folders["named"]))
     forget()
     assert tuning.lookup(DEVICE, SHAPE, torch.half, True).us == 2.0
+    assert tuning.lookup(DEVICE, other, torch.half, True).us == 1.0, "the next folder answers what the first cannot"
 
 
 def test_no_file_is_no_entry(folders, caplog: pytest.LogCaptureFixture) -> None:
-    assert tuning.entries_for(DEVICE) == ()
     assert tuning.lookup(DEVICE, SHAPE, torch.half, True) is None
     assert not warnings_of(caplog)
 
@@ -128,38 +134,92 @@ def test_a_file_is_for_its_own_device(folders) -> None:
 
 
 GOOD: dict[str, Any] = ENTRY.to_dict()
-BROKEN = {
-    "not JSON": ("{", r"is not JSON .*delete it or tune again"),
-    "binary": (b"\xff\xfe\x00", r"is not JSON .*delete it or tune again"),
-    "a list": ([], r"has format None; this version reads format 1: tune again"),
-    "no format": ({"entries": []}, r"has format None; this version reads format 1"),
-    "a newer format": ({"format": 2, "entries": [GOOD]}, r"has format 2; this version reads format 1"),
-    "no entries": ({"format": 1}, r"malformed entry \(KeyError: 'entries'\)"),
-    "an entry that is no dict": ({"format": 1, "entries": [3]}, r"malformed entry \(TypeError"),
-    "no time": (
-        {"format": 1, "entries": [{k: v for k, v in GOOD.items() if k != "us"}]},
-        r"malformed entry \(KeyError: 'us'",
+FORMAT = tuning.FORMAT
+
+
+def file_with(entry: Any, **more: Any) -> str:
+    """A file whose second entry is this one."""
+    return json.dumps({"format": FORMAT, "device": DEVICE, "sm": 90, "entries": [GOOD, entry], **more})
+
+
+def entry_with(value: Any, *path: str) -> str:
+    """A file whose second entry has another value there."""
+    entry = json.loads(json.dumps(GOOD))
+    place = entry
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return file_with(entry)
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+#: Content, and what the message says besides the file's name.
+BROKEN: dict[str, tuple[str | bytes, str]] = {
+    "not JSON": ("{", r"is not JSON .*delete it, or measure again with `resnet-triton tune`"),
+    "empty": ("", r"is not JSON"),
+    "binary": (b"\xff\xfe\x00", r"is not JSON"),
+    "nested deeply": ("[" * 100_000, r"nested too deeply"),
+    "a number of 10,000 digits": (entry_with(0, "us").replace(": 0,", ": 1" + "0" * 10_000 + ","), r"is not JSON"),
+    "NaN": (entry_with(float("nan"), "us"), r"NaN is no number"),
+    "infinity": (entry_with(0, "us").replace('"us": 0', '"us": 1e999'), r"entries\[1\].us is inf"),
+    "a list": ("[]", r"has format None; this version reads format 2"),
+    "no format": ('{"entries": []}', r"has format None"),
+    "an older format": ('{"format": 1, "entries": []}', r"has format 1; this version reads format 2: delete it"),
+    "a newer format": (
+        file_with(GOOD, format=FORMAT + 1),
+        r"has format 3, of a newer resnet-triton; this version reads format 2: upgrade resnet-triton, or delete",
     ),
-    "a negative time": (
-        {"format": 1, "entries": [{**GOOD, "us": -1}]},
-        r"us and library_us must be positive microseconds",
+    "a format in words": (file_with(GOOD, format="2"), r"has format '2'"),
+    "no entries": (json.dumps({"format": FORMAT, "device": DEVICE, "sm": 90}), r"the file lacks 'entries'"),
+    "an unknown key": (file_with(GOOD, hook="os.system"), r"the file has unknown keys 'hook'"),
+    "entries that are no list": (file_with(GOOD, entries={}), r"entries is \{\}, allowed: a list"),
+    "too many entries": (
+        file_with(GOOD, entries=[0] * 50_001),
+        r"entries is '50001 of them', allowed: a list of at most",
     ),
-    "NaN": ({"format": 1, "entries": [{**GOOD, "library_us": float("nan")}]}, r"must be positive microseconds"),
-    "a word for a time": ({"format": 1, "entries": [{**GOOD, "us": "fast"}]}, r"could not convert string to float"),
+    "no device": (file_with(GOOD, device=""), r"device is '', allowed: a device name"),
+    "another device": (file_with(GOOD, device="NVIDIA Other"), r"is of 'NVIDIA Other', not of 'NVIDIA Test GPU'"),
+    "an architecture in words": (file_with(GOOD, sm="sm_90"), r"sm is 'sm_90', allowed: an integer"),
+    "an entry that is no object": (file_with(3), r"entries\[1\] is 3, allowed: an object with 'shape'"),
+    "no time": (file_with(without("us")), r"entries\[1\] lacks 'us'"),
+    "a negative time": (entry_with(-1, "us"), r"entries\[1\].us is -1, allowed: positive microseconds"),
+    "a word for a time": (entry_with("fast", "us"), r"us is 'fast', allowed: positive microseconds"),
+    "true for a time": (entry_with(True, "us"), r"us is True, allowed: positive microseconds"),
+    "an unknown dtype": (
+        entry_with("float8", "dtype"),
+        r"dtype is 'float8', allowed: 'float32', 'float16', 'bfloat16'",
+    ),
+    "fp32 without a precision": (entry_with("float32", "dtype"), r"precision is '', allowed: 'tf32', 'ieee'"),
+    "fp16 with a precision": (entry_with("tf32", "precision"), r"precision is 'tf32', allowed: ''"),
+    "a number for a truth": (entry_with(1, "residual"), r"residual is 1, allowed: true or false"),
     "an unknown kernel": (
-        {"format": 1, "entries": [GOOD, {**GOOD, "config": {**GOOD["config"], "kernel": "winograd"}}]},
-        r"kernel='winograd' is unknown",
+        entry_with("winograd", "config", "kernel"),
+        r"entries\[1\].config.kernel is 'winograd', allowed: 'conv_tma'",
     ),
-    "a tile of 48": (
-        {"format": 1, "entries": [{**GOOD, "config": {**GOOD["config"], "bn": 48}}]},
-        r"bn must be a power of two",
+    "a kernel that names code": (entry_with("os:system", "config", "kernel"), r"kernel is 'os:system', allowed"),
+    "a tile of 48": (entry_with(48, "config", "bn"), r"entries\[1\].config: bn must be a power of two"),
+    "a tile of a million": (
+        entry_with(1 << 20, "config", "bn"),
+        r"config.bn is 1048576, allowed: an integer from 16 to 512",
     ),
-    "an unknown field": (
-        {"format": 1, "entries": [{**GOOD, "config": {**GOOD["config"], "code": "x"}}]},
-        r"a configuration needs",
+    "a huge box": (entry_with([512, 512, 1], "config", "box"), r"its product\) is 262144"),
+    "a box of words": (entry_with(["1", "8", "8"], "config", "box"), r"config.box is '1', allowed: an integer"),
+    "a box of two": (entry_with([8, 8], "config", "box"), r"config.box is \[8, 8\], allowed: three integers"),
+    "1024 warps": (entry_with(1024, "config", "warps"), r"config.warps is 1024, allowed: an integer from 1 to 32"),
+    "an unknown field of a configuration": (
+        entry_with("import os", "config", "code"),
+        r"entries\[1\].config has unknown keys 'code'",
     ),
-    "an unknown size": ({"format": 1, "entries": [{**GOOD, "shape": {**GOOD["shape"], "groups": 2}}]}, r"TypeError"),
-    "a size missing": ({"format": 1, "entries": [{**GOOD, "shape": {"n": 1}}]}, r"TypeError"),
+    "an unknown size": (entry_with(2, "shape", "groups"), r"entries\[1\].shape has unknown keys 'groups'"),
+    "a size missing": (entry_with({"n": 1}, "shape"), r"entries\[1\].shape lacks 'c', 'dilation'"),
+    "an absurd size": (entry_with(10**30, "shape", "n"), r"shape.n is 10+, allowed: an integer from 1 to 1048576"),
+    "a fraction for a size": (entry_with(32.0, "shape", "n"), r"shape.n is 32.0, allowed: an integer"),
+    "a window that does not fit": (entry_with(31, "shape", "r"), r"shape is .*allowed: a window that fits"),
+    "versions in numbers": (entry_with(2, "versions", "torch"), r"versions.torch is 2, allowed: a short text"),
+    "a long version": (entry_with("9" * 1000, "versions", "torch"), r"allowed: a short text"),
 }
 
 
@@ -171,33 +231,144 @@ def test_a_broken_file_is_named_and_ignored(
     store(folders["cache"], ENTRY)
     folders["named"].mkdir()
     path = folders["named"] / tuning.file_name(DEVICE)
-    path.write_bytes(
-        content
-        if isinstance(content, bytes)
-        else (content if isinstance(content, str) else json.dumps(content)).encode()
-    )
-    with pytest.raises(ValueError, match=message) as error:
-        tuning.load(path)
-    assert str(path) in str(error.value)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.setenv("RESNET_TRITON_CONFIG_DIR", str(folders["named"]))
     forget()
     assert tuning.lookup(DEVICE, SHAPE, torch.half, True) == ENTRY, "the next folder serves"
-    tuning.lookup(DEVICE, SHAPE, torch.half, True)
+    tuning.lookup(DEVICE, replace(SHAPE, n=33), torch.half, True)
     said = warnings_of(caplog)
     assert said.count(str(path)) == 1, "one warning, however often it is looked up"
+    assert re.search(message, said) and "resnet-triton tune" in said
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        tuning.merge(path, DEVICE, [ENTRY])
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode()), "left as it is"
 
 
-def test_an_unreadable_file_is_ignored(
-    folders, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_the_file_that_the_broken_ones_come_from_is_good(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(file_with(GOOD))
+    assert tuning.load(path) == [ENTRY, ENTRY]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "symlink loop", "folder", "huge", "no permission"])
+def test_what_is_no_readable_file_is_named_and_ignored(
+    kind: str, folders, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = store(folders["cache"], ENTRY)
+    folders["cache"].mkdir(parents=True)
+    path = folders["cache"] / tuning.file_name(DEVICE)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "symlink loop":
+            path.symlink_to(path)
+        case "folder":
+            path.mkdir()
+        case "huge":
+            with path.open("wb") as file:
+                file.truncate(1 << 40)
+        case "no permission":
+            path.touch()
 
-    def denied(self: Path) -> str:
-        raise PermissionError(13, "Permission denied", str(self))
+            def denied(*arguments) -> int:
+                raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", denied)
-    assert tuning.entries_for(DEVICE) == ()
+            monkeypatch.setattr(os, "open", denied)
+    assert tuning.lookup(DEVICE, SHAPE, torch.half, True) is None
     assert str(path) in warnings_of(caplog)
+
+
+def test_a_named_folder_that_is_not_there_is_named(folders, monkeypatch, caplog) -> None:
+    store(folders["cache"], ENTRY)
+    monkeypatch.setenv("RESNET_TRITON_CONFIG_DIR", str(folders["named"]))
+    forget()
+    for _ in range(2):
+        assert tuning.lookup(DEVICE, SHAPE, torch.half, True) == ENTRY
+    assert warnings_of(caplog).count("RESNET_TRITON_CONFIG_DIR=") == 1
+
+
+def test_without_a_home_the_shipped_files_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert tuning.search_path() == [tuning.shipped_dir()]
+    with pytest.raises(ValueError, match="set XDG_CACHE_HOME or HOME"):
+        tuning.cache_dir()
+
+
+# Merging
+
+
+def test_merging_replaces_the_same_and_keeps_the_others(folders) -> None:
+    other = replace(ENTRY, shape=replace(SHAPE, n=8))
+    path = store(folders["cache"], ENTRY, other)
+    tuning.merge(path, DEVICE, [replace(ENTRY, us=1.0), replace(ENTRY, residual=False)])
+    assert {e.key: e.us for e in tuning.load(path)} == {
+        ENTRY.key: 1.0,
+        other.key: other.us,
+        replace(ENTRY, residual=False).key: ENTRY.us,
+    }
+
+
+def test_merging_refuses_the_file_of_another_device(folders) -> None:
+    path = store(folders["cache"], ENTRY)
+    with pytest.raises(ValueError, match=r"is of 'NVIDIA Test GPU', these entries are of 'NVIDIA Other GPU'"):
+        tuning.merge(path, "NVIDIA Other GPU", [ENTRY])
+
+
+def test_merging_nothing_only_checks(folders) -> None:
+    path = folders["cache"] / tuning.file_name(DEVICE)
+    tuning.merge(path, DEVICE, [])
+    assert not path.exists()
+
+
+def test_two_processes_do_not_tune_into_one_folder(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with tuning.locked(lock), pytest.raises(BlockingIOError), tuning.locked(lock, wait=False):
+        pass
+    with tuning.locked(lock, wait=False):
+        pass
+
+
+# Other GPUs of the architecture
+
+
+def sibling(sm: int, shape: ConvShape = SHAPE) -> tuple[str, Entry] | None:
+    return tuning.lookup_sibling(Target("NVIDIA Other GPU", sm), shape, torch.half, True)
+
+
+def test_another_gpu_of_the_architecture_answers(folders) -> None:
+    store(folders["cache"], ENTRY)
+    assert sibling(90) == (DEVICE, ENTRY)
+    assert sibling(80) is None
+    assert sibling(90, replace(SHAPE, c=128)) is None
+    assert tuning.lookup_sibling(Target(DEVICE, 90), SHAPE, torch.half, True) is None, "it is no sibling of its own"
+
+
+def test_the_architecture_is_that_of_the_devices_record(folders) -> None:
+    path = folders["cache"] / "x.json"
+    tuning.save(path, "NVIDIA A100-SXM4-80GB", [ENTRY])
+    assert tuning.read(path).sm == 80
+    tuning.save(path, "NVIDIA Unheard", [ENTRY])
+    assert tuning.read(path).sm == 0
+
+
+def test_other_files_of_the_folder_are_passed_over_in_silence(folders, caplog: pytest.LogCaptureFixture) -> None:
+    store(folders["cache"], ENTRY)
+    for name, text in (("summary.json", "{}"), ("a.json", "[" * 10_000), ("copy.json", file_with(GOOD))):
+        (folders["cache"] / name).write_text(text)
+    assert sibling(90) == (DEVICE, ENTRY)
+    assert not warnings_of(caplog)
+
+
+def test_precision_of_fp32_is_told_apart(folders) -> None:
+    tf32, exact = (replace(ENTRY, dtype="float32", precision=p, us=us) for p, us in (("tf32", 1.0), ("ieee", 9.0)))
+    store(folders["cache"], tf32, exact)
+    assert tuning.lookup(DEVICE, SHAPE, torch.float32, True) == tf32
+    assert tuning.lookup(DEVICE, SHAPE, torch.float32, True, "ieee") == exact
+    with pytest.raises(ValueError, match="precision is '', allowed for float32: 'tf32', 'ieee'"):
+        replace(ENTRY, dtype="float32")
 
 
 @pytest.mark.parametrize(
