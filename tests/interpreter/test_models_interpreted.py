@@ -84,7 +84,7 @@ def test_a_getter_with_taps(dtype: torch.dtype, counts) -> None:
     with torch.no_grad(), use_backend("triton"):
         out = convert(getter)(x)
     assert list(out) == ["stem", "out"]
-    assert counts.total() == 1 + 7, "the stem's convolution, tapped before the pooling, and those of the stage"
+    assert counts.total() == 4 + 7, "the stem, tapped before the pooling, and the convolutions of the stage"
     for name, value in out.items():
         no_worse_than(value, expected[name], exact[name])
 
@@ -119,3 +119,14 @@ def test_a_hooked_block_runs_on_pytorch_and_the_others_on_kernels(counts) -> Non
         no_worse_than(stage(x), expected, exact)
     assert counts["conv1x1"] + counts["conv_tma"] == counts.total() == 4
     assert seen == [(1, 64, 8, 8)]
+
+
+def test_a_block_with_attention_runs_its_convolutions_on_kernels(counts) -> None:
+    timm = pytest.importorskip("timm")
+    stage = randomise(timm.create_model("seresnet18").layer2)  # a projection, and attention before the addition
+    x = torch.randn(1, 64, 8, 8)
+    with torch.no_grad():
+        expected, exact = stage(x), copy.deepcopy(stage).double()(x.double())
+    with torch.no_grad(), use_backend("triton"):
+        no_worse_than(convert(stage)(x), expected, exact)
+    assert counts["conv1x1"] + counts["conv_tma"] + counts["conv_pointer"] == 5 and counts["add_relu"] == 2
