@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -227,9 +228,14 @@ def size_of(model: nn.Module, image: Sequence[int]) -> tuple[float, float | None
     return parameters / 1e6, counter.get_total_flops() / 2e9
 
 
+def _forget_compiled() -> None:
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch._dynamo.reset()
+
+
 @contextmanager
 def _measuring() -> Iterator[None]:
-    torch._dynamo.reset()
+    _forget_compiled()
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     gc.collect()
@@ -238,7 +244,7 @@ def _measuring() -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        torch._dynamo.reset()
+        _forget_compiled()
         gc.collect()
 
 
@@ -286,7 +292,7 @@ def halving(batch: int, run: Callable[[int], T], say: Callable[[str], None]) -> 
                 raise
             who = f" ({error})" if isinstance(error, _TooLarge) else ""
         # outside of the handler, so that the tensors of its frames are gone
-        torch._dynamo.reset()
+        _forget_compiled()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

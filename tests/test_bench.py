@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-from bench import groups, layers, report
+from bench import RESULTS, groups, layers, plots, report
+from bench.conftest import Lab
 from resnet_triton import compare, providers, results, tables, timing
 from resnet_triton.compare import Group
 from resnet_triton.kernels.config import KERNELS
@@ -24,13 +26,20 @@ from resnet_triton.results import NO_CUDA, Row
 ROOT = Path(__file__).resolve().parent.parent
 
 PLANTED = """
+import torch
 from resnet_triton import providers
 
 def wrong(model, x, dtype):
     call = providers.ours(model, x, dtype)
     return lambda: call() * 1.001
 
+def greedy(model, x, dtype):
+    if len(x) > 1:
+        raise torch.OutOfMemoryError("planted")
+    return lambda: model(x)
+
 providers.PROVIDERS.append(providers.Provider("ours planted", wrong, ours=True, devices=("cpu",)))
+providers.PROVIDERS.append(providers.Provider("greedy", greedy, devices=("cpu",)))
 """
 
 
@@ -61,11 +70,16 @@ def test_a_wrong_provider_gets_no_speed_and_fails_and_the_others_are_measured(tm
     wrong = by_name["ours planted", "cpu"]
     assert wrong.status.startswith("WRONG: error")
     assert wrong.samples == [] and wrong.infer_samples_per_sec is None and wrong.speedup is None
-    for name in ("eager", "eager channels_last", "ours", "ours folded"):
+    for name in ("eager", "eager channels_last", "ours", "ours folded", "greedy"):
         assert by_name[name, "cpu"].status == "ok" and by_name[name, "cpu"].rounds >= 3
     assert by_name["torch.compile", "cpu"].status == "needs g++"
     assert len({row.rounds for row in rows if row.status == "ok"}) == 1
     assert env["torch"] == torch.__version__
+
+    halved = "batch 2 ran out of memory (greedy, float32), all use batch 1"
+    assert {row.infer_batch_size for row in rows if row.device == "cpu"} == {1}
+    assert all(row.note == halved for row in rows if row.device == "cpu")
+    assert f"resnet18: {halved}" in done.stdout
 
     table = done.stdout[done.stdout.index("throughput and accuracy") :]
     (planted,) = (line for line in table.splitlines() if "ours planted  " in line)
@@ -81,7 +95,7 @@ def test_a_wrong_provider_gets_no_speed_and_fails_and_the_others_are_measured(tm
             assert (row.predicted_step_time is None) == (row.predicted_for is None)
 
     kept = {bench["extra_info"]["provider"]: bench for bench in json.loads(stats.read_text())["benchmarks"]}
-    assert set(kept) == {"eager", "eager channels_last", "ours", "ours folded"}
+    assert set(kept) == {"eager", "eager channels_last", "ours", "ours folded", "greedy"}
     ours = by_name["ours", "cpu"]
     assert kept["ours"]["stats"]["data"] == ours.samples
     assert kept["ours"]["group"] == "resnet18 batch 1 float32"
@@ -201,12 +215,57 @@ def test_tables(rows):
     assert len(width) == 1
 
 
-def test_report_command(rows, tmp_path, capsys):
+def test_report_command(rows, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
     page = tmp_path / "docs" / "performance.md"
     assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 1
     results.save(tmp_path / "cpu", rows, results.environment())
     assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 0
     assert "resnet18" in page.read_text() and "resnet18" in capsys.readouterr().out
+    assert {file.name for file in (page.parent / "images").iterdir()} == {"cpu-throughput.svg", "roofline.svg"}
+    assert all(f"](images/{file.name})" in page.read_text() for file in (page.parent / "images").iterdir())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert report.main(["--results", str(tmp_path), "--page", str(page)]) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_roofline_fills_only_what_was_measured_on_its_device(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    layer = layers.conv_layers(plots.BATCH, ("layer1.0.conv2",))[0]
+    row = Row("layers", "NVIDIA H200", layers.OURS, layer.name, "bfloat16", infer_batch_size=plots.BATCH)
+    row.infer_gmacs = layer.macs / plots.BATCH / 1e9
+    unmeasured = results.Row(**vars(row))
+    compare.fill_times(row, [timing.Sample(1e-4)] * 3)
+    elsewhere = results.Row(**{**vars(row), "device": "NVIDIA L4"})
+    assert plots.on_roofline([row, unmeasured, elsewhere]) == [row]
+    plots.draw_roofline([row], tmp_path / "some.svg")
+    plots.draw_roofline([elsewhere], tmp_path / "none.svg")
+    some, none = ((tmp_path / f"{name}.svg").read_text() for name in ("some", "none"))
+    assert "predicted and measured" in some and "3x3, measured" in some
+    assert "predicted, not measured" in none and "3x3, measured" not in none
+
+
+def test_a_step_that_does_not_fit_is_halved(monkeypatch):
+    def greedy(layer, device, dtype, budget_s):
+        if layer.batch > 1:
+            raise torch.OutOfMemoryError("planted")
+        return {layers.OURS: layers._row(layer, device, dtype, layers.OURS)}
+
+    monkeypatch.setattr(layers, "_measure", greedy)
+    for layer in (layers.conv_layers(4, layers.FEW[:1])[0], layers.other_layers(4)[1]):
+        lab = Lab()
+        row = layers.measure(layer, "cpu", "float32", 0.0, lab)[layers.OURS]
+        assert row.infer_batch_size == 1 and row.note == layer.kernel
+        assert row.model.split()[0] == layer.name.split()[0]
+        halved = [f"batch {n} ran out of memory, all use batch {n // 2}" for n in (4, 2)]
+        assert lab.said == [f"{layer.name}: {text}" for text in halved]
+
+
+def test_the_committed_page_is_what_its_results_say():
+    found = [results.load(path) for path in sorted(RESULTS.glob("*/latest.json"))]
+    assert report.PAGE.read_text() == report.page(found), "python -m bench.report"
+    for name in re.findall(r"\]\((.+\.svg)\)", report.PAGE.read_text()):
+        assert (report.PAGE.parent / name).read_text().rstrip().endswith("</svg>")
 
 
 def test_needs_a_compiler(monkeypatch):
