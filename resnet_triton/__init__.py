@@ -9,6 +9,7 @@ from .backend import use_backend
 from .convert import convert, unconvert
 from .explain import explain
 from .fold import fold
+from .graphs import graph
 from .info import info
 from .models import (
     resnet18,
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "fold",
     "functional",
+    "graph",
     "info",
     "register",
     "resnet18",
