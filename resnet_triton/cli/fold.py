@@ -1,0 +1,74 @@
+"""``resnet-triton fold``: multiplies BN into the convolutions and stores the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..explain import _reasons
+from ..fold import fold
+from ..sources import FOLDED, load_model
+from .common import model_arguments, note_random_weights, output_file, written_whole
+
+HELP = "fold BN into the convolutions and save the weights as .safetensors"
+EXAMPLE = "resnet-triton fold --model timm:resnet50 --weights resnet50.safetensors --output folded.safetensors"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Model and output."""
+    model_arguments(parser)
+    parser.add_argument(
+        "--output", required=True, metavar="FILE.safetensors", help="the state_dict of the folded model"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the file; prints what was folded, what was not, and why."""
+    from safetensors.torch import save_file
+
+    target = output_file(args.output, (".safetensors",), args.force)
+    model = load_model(args.model, weights=args.weights)
+    note_random_weights(args, model)
+    before = _norms(model)
+    folded = fold(model, inplace=True)
+    left = _left(folded)
+    done = [name for name in before if name not in left]
+    if not done:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        raise ValueError(f"nothing to fold in {args.model}: {why or 'it has no BN'}. Nothing was written.")
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in folded.state_dict().items()}
+    metadata = {"format": "pt", FOLDED: args.model, "resnet_triton.version": __version__}
+    with written_whole(target) as part:
+        save_file(state, part, metadata)
+    size = target.stat().st_size
+    if args.json:
+        facts = {"model": args.model, "folded": done, "not_folded": left, "output": str(target), "bytes": size}
+        print(json.dumps(facts, indent=1))
+        return 0
+    print(f"folded {len(done)} of {len(before)} BNs of {args.model}")
+    for name, reason in left.items():
+        print(f"  not {name}: {reason}")
+    print(f"wrote {target}: {len(state)} tensors, {size / 1e6:.1f} MB")
+    print(f"use it: --weights {target} in any command, or resnet_triton.sources.load_model({args.model!r},")
+    print(f"        weights={str(target)!r})")
+    return 0
+
+
+def _norms(model: nn.Module) -> list[str]:
+    """Names of the modules that normalise by running statistics."""
+    return [name for name, m in model.named_modules() if isinstance(getattr(m, "running_var", None), torch.Tensor)]
+
+
+def _left(folded: nn.Module) -> dict[str, str]:
+    """Why each BN that a folded model still has was left."""
+    reasons = _reasons(folded)
+    left = {}
+    for name in _norms(folded):
+        owner = max((path for path in reasons if f"{name}.".startswith(f"{path}.")), key=len, default=None)
+        left[name] = "not in a block or stem that is known" if owner is None else reasons[owner]
+    return left
