@@ -98,7 +98,7 @@ def pytest_configure(config: Any) -> None:
     if config.option.peer == "timm":
         patch_timm()
     else:
-        patch_torchvision(config.option.peer_models)
+        patch_torchvision(PEERS["torchvision"].models)
     count_fused_calls()
 
 
