@@ -7,15 +7,20 @@ kernel once per dtype on sm_80 and sm_100. The golden figures are of one triton 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import triton
 
-from resnet_triton import aot
+from resnet_triton import aot, plan, tune, tuning
+from resnet_triton.kernels.config import ConvConfig, Epilogue
+from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.tuning import Entry
 
 GOLDEN = json.loads(aot.GOLDEN.read_text())
-REGENERATE = "if this is intended, run `python -m resnet_triton.aot --golden` and commit tests/codegen/golden.json"
+REGENERATE = aot.ACCEPT
 OTHER_TRITON = f"golden.json was written with triton {GOLDEN['triton']}, this is {triton.__version__}"
 CASES = {case.name: case for sm in aot.ARCHITECTURES for case in aot.cases(sm)}
 
@@ -44,6 +49,85 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| add_relu | bfloat16 |" in out
     with pytest.raises(SystemExit):
         aot.main(["--golden", "--only", name])
+
+
+def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table, what changed, how to accept it; worse, new and gone programs are exit code 1."""
+    case = next(case for case in CASES.values() if case.kernel == "add_relu")
+    record = aot.golden_record(aot.measure(case))
+    golden = tmp_path / "golden.json"
+
+    def run(version: str = triton.__version__, **changed: float) -> tuple[int, str]:
+        cases = {case.name: {**record, **changed}} if changed != {"absent": True} else {}
+        golden.write_text(json.dumps({"triton": version, "cases": cases}))
+        code = aot.main(["--sm", "90", "--only", case.name, "--diff", str(golden)])
+        out = capsys.readouterr().out
+        assert "sm_90: 1 programs" in out
+        return code, out.partition("changes since golden.json:\n")[2]
+
+    assert run() == (0, "  nothing changed in 1 programs\n")
+    code, out = run(registers=record["registers"] - 20, tma_loads=2, issue=record["issue"] * 2)
+    assert code == 1 and f"registers {record['registers'] - 20} -> {record['registers']} (worse)" in out
+    assert "tma_loads 2 -> 0" in out and "issue" in out and out.count("(worse)") == 1 and aot.ACCEPT in out
+    code, out = run(registers=record["registers"] - 1)
+    assert code == 0 and "registers" in out and "(worse)" not in out
+    code, out = run(absent=True)
+    assert code == 1 and out.startswith(f"  new: {case.name}")
+    code, out = run(version="0.0", registers=1)
+    assert code == 0 and "not compared: golden.json is of triton 0.0" in out
+    golden.write_text("{")
+    with pytest.raises(SystemExit) as end:
+        aot.main(["--sm", "90", "--only", case.name, "--diff", str(golden)])
+    assert end.value.code == 2 and "golden.json is no golden file" in capsys.readouterr().err
+
+
+def test_what_is_worse() -> None:
+    golden = {"registers": 100, "spills": 0, "shared": 49152, "mma": 8, "tma_loads": 6, "tma_stores": 1, "issue": 1.0}
+    for name, still, worse in (
+        ("registers", 108, 109),
+        ("spills", 0, 4),
+        ("shared", 50176, 50177),
+        ("issue", 1.04, 1.06),
+    ):
+        assert not aot.changes({**golden, name: still}, golden).get(name, "").endswith("(worse)")
+        assert aot.changes({**golden, name: worse}, golden)[name].endswith("(worse)")
+    assert aot.changes({**golden, "mma": 4}, golden) == {"mma": "mma 8 -> 4"}
+    lines, bad = aot.diff({}, aot.GOLDEN)
+    if GOLDEN["triton"] == triton.__version__:
+        assert bad and len(lines) == len(GOLDEN["cases"]) and lines[0].startswith("gone: ")
+
+
+def test_shipped_tuned_configurations_are_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the architecture; the user's own tuned files change nothing."""
+    config = ConvConfig("conv_tma", (2, 8, 8), 256, 64, 8, 2)
+    shape = ConvShape(32, 28, 28, 128, 256, 3, 3, 1, 1)
+    entries = [Entry(shape, "bfloat16", False, config, 1.0, 2.0)]
+    tuning.save(tmp_path / "NVIDIA_H200.json", "NVIDIA H200", entries)
+    monkeypatch.setenv("RESNET_TRITON_CONFIG_DIR", str(tmp_path))
+    plan.forget()
+    assert {case.name for case in aot.cases(80)} == {name for name in CASES if name.startswith("sm80")}
+    monkeypatch.setattr(tuning, "shipped_dir", lambda: tmp_path)
+    plan.forget()
+    new = [case for case in aot.cases(90) if case.name not in CASES]
+    assert [(case.config, case.uses[0].label) for case in new] == [(config, f"NVIDIA H200 {shape}")]
+    assert {case.name for case in aot.cases(80)} == {name for name in CASES if name.startswith("sm80")}
+    plan.forget()
+
+
+def test_misfits_are_found_without_a_gpu() -> None:
+    """What the tuner drops: registers that spill, too much shared memory, a program that does not compile."""
+    shape, epilogue = ConvShape(32, 14, 14, 64, 256), Epilogue(bn=True, residual=True, relu=True)
+
+    def why(config: ConvConfig, shared_memory: int = 232448) -> str | None:
+        work = {"shape": vars(shape), "epilogue": vars(epilogue), "dtype": "bfloat16", "precision": "tf32"}
+        gpu = {"sm": 90, "multiprocessors": 132, "shared_memory": shared_memory}
+        row = {"payload": {**work, **gpu, "config": config.to_dict()}}
+        return tune.compile_row(row, None).get("detail")
+
+    good = ConvConfig("conv1x1", (1, 1, 64), 64, 64)
+    assert why(good) is None
+    assert re.fullmatch(r"needs \d+ bytes of shared memory, the limit is 1000", why(good, 1000) or "")
+    assert re.match(r"spills \d+ bytes a thread", why(ConvConfig("conv1x1", (1, 1, 64), 256, 64, 2)) or "")
 
 
 def test_a_case_that_does_not_compile_names_itself_and_the_reason() -> None:
