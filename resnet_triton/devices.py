@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from dataclasses import dataclass
@@ -76,8 +77,12 @@ def target_of(device: torch.device | str, interpreted: bool = False) -> Target:
         try:
             device = torch.device(device)
         except RuntimeError:
+            close = difflib.get_close_matches(device, known, 2, 0.7)
+            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             names = ", ".join(map(repr, known))
-            raise ValueError(f"device={device!r} is neither a torch device nor a known name; known: {names}") from None
+            raise ValueError(
+                f"device={device!r} is neither a torch device nor a known name; {hint}known: {names}"
+            ) from None
     if device.type != "cuda":
         return Target("interpreter" if interpreted else device.type)
     if not torch.cuda.is_available():

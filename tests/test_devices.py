@@ -21,11 +21,11 @@ def test_shipped_records_are_complete_and_plausible(name: str) -> None:
     assert 10 <= target.multiprocessors <= 200
     assert 1 <= target.clock_ghz <= 3
     assert 96 * 1024 <= target.shared_memory <= 232448
-    assert 0.5 <= target.hbm_tb_s < target.l2_tb_s, "L2 is faster than device memory"
+    assert 0.2 <= target.hbm_tb_s < target.l2_tb_s, "L2 is faster than device memory"
     half, tf32, exact = (
         target.tflops(d, p) for d, p in ((torch.half, "tf32"), (torch.float32, "tf32"), (torch.float32, "ieee"))
     )
-    assert half > tf32 > exact > 0
+    assert half > tf32 >= exact > 0
     assert target.tflops(torch.bfloat16, "ieee") == half, "precision is about fp32 only"
 
 
@@ -38,10 +38,10 @@ def test_the_cpu_and_the_interpreter() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError, match=r"device='NVIDIA H300' is neither a torch device nor a known name.*'NVIDIA H200'"
-    ):
+    message = r"device='NVIDIA H300' is neither a torch device nor a known name; did you mean 'NVIDIA H200'.*known: "
+    with pytest.raises(ValueError, match=message) as error:
         target_of("NVIDIA H300")
+    assert all(repr(name) in str(error.value) for name in known_devices())
 
 
 def test_cuda_without_a_gpu_says_what_to_name_instead(monkeypatch: pytest.MonkeyPatch) -> None:
