@@ -161,7 +161,7 @@ def in_one_line(what: str, step: Callable[..., T], *args: Any, **kwargs: Any) ->
 
 def note_random_weights(args: argparse.Namespace, model: nn.Module, consequence: str = "") -> bool:
     """Whether a model has random weights, which is said on stderr."""
-    random = untrained(model)
+    random = args.weights is None and untrained(model)
     if random:
         print(f"{args.model} has random weights (--weights loads real ones){consequence}", file=sys.stderr)
     return random
