@@ -3,7 +3,7 @@
 model = resnet_triton.convert(torchvision.models.resnet50(weights="IMAGENET1K_V2").eval())
 """
 
-from . import functional
+from . import functional, images
 from ._version import __version__
 from .backend import use_backend
 from .convert import convert, unconvert
@@ -32,6 +32,7 @@ __all__ = [
     "fold",
     "functional",
     "graph",
+    "images",
     "info",
     "register",
     "resnet18",

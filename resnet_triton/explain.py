@@ -227,7 +227,7 @@ def explain(
 
     Args:
         model: any module that takes one image batch.
-        input_shape: ``(N, C, H, W)``.
+        input_shape: ``(N, C, H, W)``; of a :class:`.images.FromUint8`, in its layout.
         dtype: plan for this floating dtype; None is the model's own.
         device: a torch device, or a known device name such as ``"NVIDIA H200"``, which needs no GPU; None is the
             model's own.
@@ -279,7 +279,7 @@ def _trace(
         names[id(fake)] = name.rpartition(".")[0]
     tracer = _Tracer(target, names, _reasons(model))
     with mode, torch.no_grad():
-        x = torch.empty(shape, dtype=dtype, device=first.device)
+        x = torch.empty(shape, dtype=getattr(model, "input_dtype", dtype), device=first.device)
         try:
             with tracer:
                 torch.func.functional_call(model, fakes, (x,))

@@ -231,7 +231,8 @@ def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterab
     return outputs
 
 
-def _trunk(model: Converted) -> list[tuple[str, Converted]]:
+def trunk_of(model: Converted) -> list[tuple[str, Converted]]:
+    """The children of a converted network up to its pool, by name, as :func:`run_trunk` takes them."""
     return [(name, getattr(model, name)) for name in model._resnet_triton.spec.children]
 
 
@@ -239,7 +240,11 @@ def run_resnet(model: Converted, x: Tensor) -> Tensor:
     """The forward of a converted ResNet: trunk, global average pool, fully connected layer."""
     if "_forward_impl" in model.__dict__:  # replaced on the instance
         return model._eager(x)
-    x = run_trunk(_trunk(model), x)[""]
+    return run_head(model, run_trunk(trunk_of(model), x)[""])
+
+
+def run_head(model: Converted, x: Tensor) -> Tensor:
+    """Global average pool and fully connected layer of a converted ResNet of torchvision or this package."""
     if why_not_head(model) is None:
         return functional.head(x, model.fc.weight, model.fc.bias)
     return model.fc(torch.flatten(model.avgpool(x), 1))
@@ -254,7 +259,7 @@ def run_layer_getter(getter: Converted, x: Tensor) -> dict[str, Tensor]:
 
 def run_timm_features(model: Converted, x: Tensor) -> Tensor:
     """``forward_features`` of a converted timm ResNet."""
-    return run_trunk(_trunk(model), x)[""]
+    return run_trunk(trunk_of(model), x)[""]
 
 
 def run_timm_head(model: Converted, x: Tensor) -> Tensor:
@@ -265,7 +270,7 @@ def run_timm_head(model: Converted, x: Tensor) -> Tensor:
 def run_smp_encoder(encoder: Converted, x: Tensor) -> list[Tensor]:
     """The forward of a converted segmentation_models_pytorch ResNet encoder: the input and a feature map per depth."""
     taps = ("relu", "layer1", "layer2", "layer3", "layer4")[: encoder._depth]
-    children = _trunk(encoder)
+    children = trunk_of(encoder)
     children = children[: 1 + max((i for i, (name, _) in enumerate(children) if name in taps), default=-1)]
     outputs = run_trunk(children, x, taps)
     return [x, *(outputs[name] for name in taps)]
