@@ -292,6 +292,16 @@ def test_what_the_command_prints(
         assert "none of 12 works" in printed.err and "10.0 us, cudnn 15.0 us, 1.50x" in printed.err
 
 
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments, **options) -> Report:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_device", lambda args: ("cuda", H200))
+    monkeypatch.setattr(command, "tune", interrupted)
+    assert cli.main(["tune", "--model", "resnet18", "--batch", "1", "--size", "64"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 # At a first call
 
 

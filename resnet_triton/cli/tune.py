@@ -73,8 +73,12 @@ def run(args: argparse.Namespace) -> int:
     sites = merged(sites)
     if args.dry_run:
         return _list(args, sites, target, folder)
-    with _Bar(args) as bar:
-        report = tune(sites, target, folder, device=device, minutes=args.minutes, fresh=args.fresh, progress=bar)
+    try:
+        with _Bar(args) as bar:
+            report = tune(sites, target, folder, device=device, minutes=args.minutes, fresh=args.fresh, progress=bar)
+    except KeyboardInterrupt:
+        print("what is finished is kept; the same command goes on where this one stops", file=sys.stderr)
+        raise
     _print(args, report, target)
     return int(any(result.entry is None for result in report.results))
 
