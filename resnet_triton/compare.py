@@ -34,9 +34,10 @@ PREDICT_FOR = "NVIDIA H200"
 LAST_GAMMA = 0.25
 CHUNK = 32  # images of one float64 forward
 
-#: The largest of a few errors is a matter of luck: eager's is taken over at least this many values, or EXTRA images.
+# The largest of a few errors is a matter of luck, and the errors of one image go together: eager's is taken over at
+# least four images, or eight where the batch has few values.
+FEWEST_IMAGES, EXTRA_IMAGES = 4, 8
 ENOUGH_VALUES = 128
-EXTRA_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -377,12 +378,12 @@ class _Judge:
     """Knows the float64 outputs, and what eager errs in each dtype."""
 
     def __init__(self, group: Group, model: nn.Module, images: Tensor) -> None:
-        self.model, self.device, self.batch = model, group.device, group.batch
+        self.model = model
         self.eager_errors: dict[str, float] = {}
         with torch.no_grad():
             outputs = reference_outputs(model, images[: group.batch].to(group.device))
             values = sum(out.numel() for out in outputs)
-            extra = images[group.batch : EXTRA_IMAGES] if values < ENOUGH_VALUES else images[:0]
+            extra = images[group.batch : FEWEST_IMAGES if values >= ENOUGH_VALUES else EXTRA_IMAGES]
             self.extra = extra.to(group.device)
             more = reference_outputs(model, self.extra) if len(extra) else [out[:0] for out in outputs]
         self.outputs, self.more = outputs, more

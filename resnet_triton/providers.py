@@ -89,10 +89,14 @@ def compiled_max_autotune(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Ca
     return _compiled(model, x, dtype, {"freezing": True, "max_autotune": True, "triton.cudagraphs": True})
 
 
+def _converted(model: nn.Module, x: Tensor, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    layout = torch.channels_last if x.is_cuda else torch.contiguous_format
+    return resnet_triton.convert(model).to(dtype), x.to(dtype).contiguous(memory_format=layout)
+
+
 def ours(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """``resnet_triton.convert(model)``: on a GPU channels_last, on the CPU in the layout that the user has."""
-    model = resnet_triton.convert(model).to(dtype)
-    x = x.to(dtype).contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
+    model, x = _converted(model, x, dtype)
     return lambda: model(x)
 
 
@@ -107,23 +111,12 @@ def ours_compiled(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
 
 
 def ours_graph(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
-    """The converted model, replayed as a CUDA graph (copying images into its input is not timed)."""
-    call = ours(model, x, dtype)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    """``resnet_triton.graph(converted model, images)``; a call copies the images in and the output out."""
+    from .graphs import graph
 
-    def replay() -> Any:
-        graph.replay()
-        return out
-
-    return replay
+    model, x = _converted(model, x, dtype)
+    captured = graph(model, x)
+    return lambda: captured(x)
 
 
 def no_cxx_compiler(device: str) -> str | None:

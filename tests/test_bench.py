@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import os
@@ -18,6 +19,7 @@ pytest.importorskip("sklearn")
 
 from bench import RESULTS, groups, layers, plots, report
 from bench.conftest import Lab
+from bench.gpu.suite import BESIDE
 from resnet_triton import compare, providers, results, tables, timing
 from resnet_triton.compare import Group
 from resnet_triton.kernels.config import KERNELS
@@ -169,6 +171,18 @@ def rows() -> list[Row]:
     gpu = [Row("models", "cuda", name, "resnet18", "bfloat16", NO_CUDA, infer_batch_size=2) for name in "abc"]
     gpu[0].predicted_step_time, gpu[0].predicted_for = 1.25, "NVIDIA H200"
     return [measured, missing, *gpu]
+
+
+def test_what_compares_and_draws_is_no_part_of_what_is_checked():
+    """A change of these modules keeps the GPU suite's results, so no kernel, op or plan may depend on them."""
+    package = ROOT / "resnet_triton"
+    names = {Path(name).stem for name in BESIDE}
+    assert names <= {path.stem for path in package.glob("*.py")}
+    for path in package.glob("*.py"):
+        if path.name not in BESIDE:
+            nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            used = {node.module for node in nodes if node.level and node.module in names}
+            assert used <= ({"plot"} if path.name == "explain.py" else set()), path.name
 
 
 def test_throughput(rows):

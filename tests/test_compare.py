@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_triton import cli, compare, providers, results
+import resnet_triton
+from resnet_triton import cli, compare, graphs, providers, results
 from resnet_triton.compare import EQUAL, FASTER, NOT_MEASURED, SLOWER, Group
+from resnet_triton.convert import is_converted
 from resnet_triton.providers import Provider
 from resnet_triton.results import OK, WRONG, Row
 from resnet_triton.timing import Sample
+from tests.comparers import identical
 
 
 class Tiny(nn.Module):
@@ -345,6 +348,46 @@ def test_providers_are_chosen_by_the_names_of_the_table(bench, compete):
     assert code == 2 and "allowed: eager, torch.compile-max-autotune, ours-graph" in err
     code, _, err = bench("--providers", "eager")
     assert code == 2 and "add one of: ours-graph" in err
+
+
+def test_a_builder_of_this_package_competes_against_its_plain_form(bench, compete):
+    converted = []
+
+    def seen(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Timed:
+        converted.append(any(is_converted(m) for m in model.modules()))
+        return provider("").build(model, x, dtype)
+
+    compete(Provider("eager", seen), provider("ours", ours=True))
+    assert bench("--model", "resnet18", "--size", "32", "--batch", "1")[0] == 0
+    assert converted == [False]
+
+
+def test_the_graph_provider_captures_the_converted_model(monkeypatch):
+    captured = []
+
+    def graph(model: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+        captured.append((any(is_converted(m) for m in model.modules()), example.dtype, example.is_cuda))
+        return model
+
+    model = resnet_triton.unconvert(resnet_triton.resnet18(num_classes=3).eval())
+    x = torch.randn(1, 3, 32, 32)
+    monkeypatch.setattr(graphs, "graph", graph)
+    with torch.inference_mode():
+        assert providers.ours_graph(model, x, torch.float64)().shape == (1, 3)
+    assert captured == [(True, torch.float64, False)]
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="needs a CUDA device"):
+            providers.ours_graph(model, x, torch.float32)
+
+
+@pytest.mark.gpu
+def test_the_graph_provider_equals_ours_on_a_gpu():
+    model = resnet_triton.unconvert(resnet_triton.resnet18(num_classes=3).eval()).cuda()
+    x = torch.randn(2, 3, 64, 64, device="cuda")
+    with torch.inference_mode():
+        plain, graphed = (build(model, x, torch.bfloat16)() for build in (providers.ours, providers.ours_graph))
+    identical(graphed, plain)
 
 
 @pytest.mark.parametrize(

@@ -223,8 +223,8 @@ class _Progress(Watch):
         phase = "timing" if what == "timing" else "building"
         if phase != self.phase or share == 0:
             self._close()
-            form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-            self.bar = tqdm(total=100, file=sys.stderr, leave=False, disable=self.disable, bar_format=form)
+            form = "{desc}{percentage:3.0f}%|{bar}| {elapsed}"
+            self.bar = tqdm(desc=what, total=100, file=sys.stderr, leave=False, disable=self.disable, bar_format=form)
             self.phase = phase
         self.bar.set_description(what, refresh=False)
         self.bar.n = round(100 * share)
