@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import sys
@@ -26,6 +25,7 @@ from .common import (
     channels_of,
     device_of,
     height_and_width,
+    in_one_line,
     model_arguments,
     output_file,
     positive,
@@ -76,11 +76,12 @@ def run(args: argparse.Namespace) -> int:
     # builders of this package return converted models
     model = unconvert(load_model(args.model, weights=args.weights).float(), inplace=True)
     images = _images(max(*args.batch, compare.EXTRA_IMAGES), args.channels or channels_of(model), height, width)
-    _try(model, images[:1])
+    what = f"{args.model} does not take an image of shape {tuple(images[:1].shape)}"
+    in_one_line(what, _outputs, model, images[:1])  # before the clock starts: not every model fits every size
     notes = []
-    if compare.untrained(model):
-        model, note = _calibrated(model, images[:CALIBRATION_IMAGES])
-        notes.append(note)
+    if args.weights is None and compare.untrained(model):
+        in_one_line("BN cannot get statistics; pass --weights", compare.calibrate, model, images[:CALIBRATION_IMAGES])
+        notes.append("random weights, BN statistics of the random images, small last gammas; --weights takes yours")
     if not any(is_converted(m) for m in convert(model).modules()):
         notes.append(f"nothing in this model runs fused; why: resnet-triton convert --model {args.model}")
     dtypes = tuple(_dtype_name(name, device) for name in args.dtype or [_default_dtype(device)])
@@ -94,10 +95,10 @@ def run(args: argparse.Namespace) -> int:
             found = list(compare.measure(group, model, images, watch=watch).values())
             verdicts += [compare.verdict([row for row in found if row.dtype == dtype]) for dtype in group.dtypes]
             rows += found
+            if output:  # now: the next batch may be interrupted
+                write(output, rows, env)
     if height != width:
         notes.append(f"images of {height} x {width} pixels; infer_img_size is their height")
-    if output:
-        write(output, rows, env)
     if args.json:
         report: dict[str, Any] = {"environment": env, "notes": notes, "verdicts": [asdict(v) for v in verdicts]}
         print(json.dumps({**report, "rows": [asdict(row) for row in rows]}, indent=1))
@@ -165,38 +166,9 @@ def _images(count: int, channels: int, height: int, width: int) -> Tensor:
     return torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def _try(model: nn.Module, image: Tensor) -> None:
-    """One forward, to tell a model that does not take such images from a fault of this command.
-
-    Raises:
-        ValueError: it does not, or returns nothing that can be compared.
-    """
-    try:
-        with torch.no_grad():
-            output = model(image)
-    except Exception as error:  # foreign code
-        shape = tuple(image.shape)
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"the model does not take an image of shape {shape}: {type(error).__name__}: {first}"
-        ) from error
-    compare.tensors_of(output)
-
-
-def _calibrated(model: nn.Module, images: Tensor) -> tuple[nn.Module, str]:
-    """The model with BN statistics of the images, and a note; the model itself where that cannot be done."""
-    try:
-        made = compare.calibrate(copy.deepcopy(model), images)
-    except Exception as error:  # foreign code in training mode
-        first = (str(error).splitlines() or [""])[0]
-        return (
-            model,
-            f"untrained weights, as they are (BN statistics could not be set: {type(error).__name__}: {first})",
-        )
-    return (
-        made,
-        "untrained weights, with the BN statistics of random images and small last gammas; --weights takes yours",
-    )
+@torch.no_grad()
+def _outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
+    return compare.tensors_of(model(image))
 
 
 class _Progress(Watch):
