@@ -77,7 +77,7 @@ def target_of(device: torch.device | str, interpreted: bool = False) -> Target:
         try:
             device = torch.device(device)
         except RuntimeError:
-            close = difflib.get_close_matches(device, known, 2, 0.7)
+            close = difflib.get_close_matches(str(device), known, 2, 0.7)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
             names = ", ".join(map(repr, known))
             raise ValueError(

@@ -87,26 +87,25 @@ class Crew:
             _Worker(handler, journal, f"{handler}#{i}", deadline, env, prefix, queue[i::workers])
             for i in range(workers)
         ]
-        self._threads = [threading.Thread(target=worker.run, daemon=True) for worker in self._workers]
 
     def __enter__(self) -> Crew:
-        for thread in self._threads:
-            thread.start()
+        for worker in self._workers:
+            threading.Thread(target=worker.run, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.deadline = 0.0
-        for thread in self._threads:
-            thread.join()
+        for worker in self._workers:
+            worker.done.wait()
         self.journal.reload()
 
     def wait(self, tick: Callable[[], None] = lambda: None, every: float = 0.5) -> None:
         """Returns when every row is finished or time is up; meanwhile calls ``tick`` every so many seconds."""
-        while any(thread.is_alive() for thread in self._threads):
-            begun = time.monotonic()
-            for thread in self._threads:
-                thread.join(max(0.0, begun + every - time.monotonic()))
+        while not all(worker.done.is_set() for worker in self._workers):
+            give_up = time.monotonic() + every
+            for worker in self._workers:
+                worker.done.wait(max(0.0, give_up - time.monotonic()))
             tick()
 
     @property
@@ -142,9 +141,16 @@ class _Worker:
         self.env, self.prefix, self.rows = env, prefix, rows
         self.journal = Journal(journal.path, journal.code, name)
         self.printed = ""
+        self.done = threading.Event()  # a join() that Ctrl-C interrupts would take the thread for finished
 
     def run(self) -> None:
-        """Runs the slice."""
+        """Runs the slice, then sets ``done``."""
+        try:
+            self._run()
+        finally:
+            self.done.set()
+
+    def _run(self) -> None:
         failures = 0
         while time.monotonic() < self.deadline:
             left = [row for row in self.rows if row.key not in self.journal.finished]

@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -152,6 +153,29 @@ def test_a_killed_call_is_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyP
     again = runs(folder)[before:]
     assert again[0] == names(SITES[0])[before - 1], "the one that was running is done again"
     assert names(SITES[0])[0] not in again[: len(names(SITES[0])) - before], "the finished ones are not"
+
+
+def test_an_interruption_costs_no_candidate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a candidate runs: its process ends, and the journal says that it was not the candidate's fault."""
+    monkeypatch.setenv("TUNE_NAP", "30")
+
+    armed: list[bool] = []
+
+    def interrupt(progress: tune.Progress) -> None:
+        if runs(folder) and not armed:
+            armed.append(True)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)  # while the main thread waits
+
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_tune(folder, progress=interrupt)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    journal = tune.journal_of(folder / "NVIDIA_H200.json")
+    assert not journal.open() and not journal.finished
+    assert set(journal.interrupted) == {SITES[0].row_key, f"{SITES[0].key} / conv_tma {runs(folder)[0]}"}
 
 
 def alive(pid: int) -> bool:
