@@ -64,27 +64,16 @@ def compile_job(work: tuple[Job, int, int]) -> str | None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from resnet_triton.codegen import trace
-    from resnet_triton.kernels.dispatch import launch_conv
-    from resnet_triton.kernels.epilogue import Operands
+    from resnet_triton.codegen import conv_launches
 
-    shape, epilogue = ConvShape(**job["shape"]), Epilogue(**job["epilogue"])
+    shape, epilogue, config = (
+        ConvShape(**job["shape"]),
+        Epilogue(**job["epilogue"]),
+        ConvConfig.from_dict(job["config"]),
+    )
     dtype, vectors = getattr(torch, job["dtype"]), getattr(torch, job["vectors"])
-
-    def meta(*sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    def vector(present: bool) -> torch.Tensor | None:
-        return torch.empty(shape.k, dtype=vectors, device="meta") if present else None
-
-    x, w = meta(shape.n, shape.h, shape.w, shape.c), meta(shape.k, shape.r, shape.s, shape.c)
-    y = meta(shape.n, shape.p, shape.q, shape.k)
-    gamma, beta, mean, var = (vector(epilogue.bn) for _ in range(4))
-    residual = y if epilogue.residual else None
-    operands = Operands(residual, vector(epilogue.bias), gamma, beta, mean, var, 1e-5, epilogue.relu)
-    config = ConvConfig.from_dict(job["config"])
     try:
-        launches = trace(lambda: launch_conv(x, w, y, shape, operands, config, job["precision"]), multiprocessors)
+        launches = conv_launches(shape, epilogue, dtype, job["precision"], config, multiprocessors, vectors)
         driver.set_active(_NoDevice(GPUTarget("cuda", sm, 32)))
         for kernel, grid, args, kwargs in launches:
             kernel.run(*args, grid=grid, warmup=True, **kwargs)
