@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import cost, plan, tuning
+from . import cost, plan, sass, tuning
 from .devices import Target
 from .explain import fused_steps
 from .journal import Journal, Record, hash_of
@@ -195,7 +195,8 @@ def measure_candidates(
         precision=precision,
     )
     entry = entry_of(shape, epilogue, dtype, trials, precision)
-    outcome = {"outcome": dict(Counter(trial.status for trial in trials))}
+    dropped = [f"{t.config.kernel} {t.config}: {t.reason}" for t in trials if t.status == "unfit"]
+    outcome = {"outcome": dict(Counter(trial.status for trial in trials)), "dropped": dropped}
     if entry is None:
         return {"status": "none", "detail": _why_none(trials), **outcome}
     return {"entry": entry.to_dict(), **outcome}
@@ -241,12 +242,20 @@ def compile_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one convolution: its entry, or why there is none. ``outcome`` counts candidates by status."""
+    """What became of one convolution.
+
+    Args:
+        site, entry: the convolution, and its entry if there is one.
+        detail: why there is none.
+        outcome: counts candidates by status (see :class:`.tuner.Trial`).
+        dropped: candidates that never ran, with the reason.
+    """
 
     site: Site
     entry: Entry | None
     detail: str
     outcome: dict[str, int]
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -304,6 +313,9 @@ def tune(
         ValueError: the tuned file is there and cannot be read; it is left as it is.
         OSError: the folder cannot be written to, or another process tunes into it.
     """
+    if compiler == COMPILER and not sass.cuobjdump().is_file():
+        logger.warning("%s is missing: no candidate is dropped ahead of time", sass.cuobjdump())
+        compiler = None
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     file = folder / tuning.file_name(target.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -392,7 +404,8 @@ class _Watch:
 
 def _result(site: Site, record: Record) -> Result:
     entry = Entry.from_dict(record["entry"]) if record.get("entry") else None
-    return Result(site, entry, str(record.get("detail") or ""), record.get("outcome") or {})
+    dropped = tuple(record.get("dropped") or ())
+    return Result(site, entry, str(record.get("detail") or ""), record.get("outcome") or {}, dropped)
 
 
 # At a first call

@@ -113,6 +113,8 @@ def test_the_planted_best_is_found_beside_a_killer(folder: Path, monkeypatch: py
         assert (result.entry.us, result.entry.library_us) == (5.0, 20.0)
         crashed = {"crashed": 1} if site is SITES[0] else {}
         assert result.outcome == {"ok": len(names(site)) - 1 - len(crashed), "unfit": 1, **crashed}
+        unfit = site.candidates(H200)[tune_rows.UNFIT]
+        assert result.dropped == (f"{unfit.kernel} {unfit}: spills",)
         assert names(site)[tune_rows.UNFIT] not in runs(folder)[: len(names(site))]
     assert set(tuning.load(file)) == {kept, *(result.entry for result in report.results)}
     assert tuning.load(file)[1].versions["torch"] == torch.__version__
@@ -282,7 +284,7 @@ def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
 def planted_report(folder: Path) -> Report:
     good = Entry(SITES[0].shape, "bfloat16", False, SITES[0].candidates(H200)[0], 10.0, 15.0)
     results = (
-        Result(SITES[0], good, "", {"ok": 11, "unfit": 1}),
+        Result(SITES[0], good, "", {"ok": 11, "unfit": 1}, ("conv_tma x: spills",)),
         Result(SITES[1], None, "none of 12 works", {"error": 12}),
     )
     return Report(folder / "NVIDIA_H200.json", results, (SITES[1],))
@@ -310,8 +312,10 @@ def test_what_the_command_prints(
         assert not printed.err
         assert [row.get("us") for row in found["convolutions"]] == [10.0, None] and len(found["left"]) == 1
         assert found["convolutions"][0]["config"]["kernel"] == "conv_tma"
+        assert found["convolutions"][0]["dropped"] == ["conv_tma x: spills"]
     else:
         assert "10.0" in printed.out and "1.50x" in printed.out and "11 ok, 1 unfit" in printed.out
+        assert "1 candidates were dropped before they ran" in printed.out
         assert "2 of 3 convolutions measured on NVIDIA H200" in printed.out and "1 are left" in printed.out
         assert "none of 12 works" in printed.err and "10.0 us, cudnn 15.0 us, 1.50x" in printed.err
 

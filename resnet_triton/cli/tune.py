@@ -159,6 +159,7 @@ def _print(args: argparse.Namespace, report: Report, target: Target) -> None:
     for result in report.results:
         site, entry, outcome = result.site, result.entry, result.outcome
         row: dict[str, Any] = {**_site(site), "outcome": outcome, "detail": result.detail}
+        row["dropped"] = list(result.dropped)
         if entry:
             row |= {"us": entry.us, "library_us": entry.library_us, "config": entry.config.to_dict()}
         rows.append(row)
@@ -173,6 +174,9 @@ def _print(args: argparse.Namespace, report: Report, target: Target) -> None:
     for result in report.results:
         if result.entry is None:
             print(f"{_layers(result.site)}: {result.detail}", file=sys.stderr)
+    dropped = sum(len(result.dropped) for result in report.results)
+    if dropped:
+        print(f"{dropped} candidates were dropped before they ran, because they spill or do not fit; --json lists them")
     print(f"{len(rows)} of {len(rows) + len(left)} convolutions measured on {target.name}: {report.file}")
     if left:
         print(f"{len(left)} are left: the same command goes on where this one stopped")
