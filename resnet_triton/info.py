@@ -16,7 +16,7 @@ from .devices import known_devices, target_of
 #: Every environment variable that the package reads, with its meaning.
 ENVIRONMENT = {
     "RESNET_TRITON_CONFIG_DIR": "folder of tuned configurations, looked up before the user's cache and the shipped",
-    "RESNET_TRITON_AUTOTUNE": "1: a convolution without a measured configuration is measured when it first runs on a GPU",
+    "RESNET_TRITON_AUTOTUNE": "1: a convolution that was not measured is measured when it first runs on a GPU",
     "XDG_CACHE_HOME": "the user's cache is $XDG_CACHE_HOME/resnet_triton (default ~/.cache/resnet_triton)",
     "TRITON_INTERPRET": "1 before triton is imported: kernels run in Triton's interpreter on CPU tensors",
 }
