@@ -16,6 +16,7 @@ from .kernels.config import ConvConfig, Epilogue, runs_on
 from .kernels.geometry import ConvShape, cdiv
 
 LAUNCH_US = 2.0  # start and drain of one kernel
+LIBRARY_EFFICIENCY = 0.85  # share of the matrix rate that a library's convolution reaches, an estimate
 # Instructions per warp, read off sm_90 machine code (the codegen tests print the table).
 LOOP_INSTRUCTIONS = 115  # of one reduction step, besides the matrix instructions and, without TMA, the addresses
 POINTER_INSTRUCTIONS = 260
@@ -100,7 +101,7 @@ def fits(config: ConvConfig, shape: ConvShape, itemsize: int, residual: bool, ta
 def predict_unfused(
     shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target
 ) -> Prediction:
-    """Prices a library convolution at 85 % of the matrix rate, then PyTorch's separate BN, add and ReLU passes."""
+    """Prices a library convolution at a share of the matrix rate, then PyTorch's separate BN, add and ReLU passes."""
     size = dtype.itemsize
     output = shape.m * shape.k * size
     passes = 2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu
@@ -108,8 +109,19 @@ def predict_unfused(
     traffic = passes * output / target.hbm_tb_s / 1e6 + launches * LAUNCH_US
     return Prediction(
         hbm=shape.bytes_moved(size) / target.hbm_tb_s / 1e6 + traffic,
-        tensor=2 * shape.macs / target.tflops(dtype, precision) / 0.85 / 1e6 + traffic,
+        tensor=2 * shape.macs / target.tflops(dtype, precision) / LIBRARY_EFFICIENCY / 1e6 + traffic,
     )
+
+
+def library_us(moved: int, macs: int, dtype: torch.dtype, target: Target) -> tuple[float | None, str]:
+    """Predicted microseconds of one library operator by bytes and multiply-adds, and its limit; None without a GPU."""
+    us = memory_us(moved, target)
+    if us is None or not macs:
+        return us, "hbm" if us is not None else ""
+    if dtype == torch.float64:  # no rate is known
+        return us, "hbm"
+    product = 2 * macs / target.tflops(dtype, "tf32") / LIBRARY_EFFICIENCY / 1e6 + LAUNCH_US
+    return max(us, product), "hbm" if us >= product else "tensor"
 
 
 def unfused_bytes(shape: ConvShape, epilogue: Epilogue, itemsize: int) -> int:

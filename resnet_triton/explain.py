@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import structure
 from .backend import current_backend
 from .convert import is_block, is_converted
-from .cost import memory_us
+from .cost import library_us
 from .devices import Target, target_of
 from .ops import IMPLEMENTATIONS, Recorder, Step
 from .plan import library_of
@@ -63,6 +64,7 @@ class Row:
         predicted_us, measured_us: microseconds, None where unknown; a prediction is not a measurement.
         bytes: through device memory.
         reason: why it runs so.
+        limit: the resource that bounds it by the cost model, or ``""``.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Row:
     measured_us: float | None
     bytes: int
     reason: str
+    limit: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,13 @@ class Plan:
         plot_plan(self, path)
 
     def __str__(self) -> str:
-        head = ("layer", "op", "runs as", "config", "MB", "predicted us", "measured us", "reason")
+        head = ("layer", "op", "runs as", "config", "MB", "predicted us", "measured us", "limit", "reason")
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             times = ("" if us is None else f"{us:.1f}" for us in (row.predicted_us, row.measured_us))
-            lines.append((row.name, row.op, row.realisation, row.config, f"{row.bytes / 1e6:.2f}", *times, row.reason))
+            lines.append(
+                (row.name, row.op, row.realisation, row.config, f"{row.bytes / 1e6:.2f}", *times, row.limit, row.reason)
+            )
         widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
         table = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
         own = sum(row.realisation not in ("cudnn", "onednn", "aten") for row in self.rows)
@@ -166,10 +171,10 @@ class _Tracer(TorchDispatchMode):
             reason += "; its K,C,R,S weight is repacked on each call: model.to(memory_format=torch.channels_last)"
         op = f"{step.op} {step.shape} {step.epilogue}" if step.shape else step.op
         config = str(choice.config) if choice.config else ""
-        predicted = choice.predicted_us
+        predicted, limit = choice.predicted_us, choice.limit
         if predicted is None and choice.measured_us is None:
-            predicted = memory_us(step.bytes, self.target)
-        return Row(self.place, op, choice.realisation, config, predicted, choice.measured_us, step.bytes, reason)
+            predicted, limit = library_us(step.bytes, 0, torch.float32, self.target)
+        return Row(self.place, op, choice.realisation, config, predicted, choice.measured_us, step.bytes, reason, limit)
 
     def _eager(self, op: str, args: Sequence[object], out: object) -> Row:
         self.place = self._find(args) or self.place
@@ -177,7 +182,16 @@ class _Tracer(TorchDispatchMode):
         reason = "not part of a fused block" if owner is None else self.reasons[owner]
         moved = sum(t.numel() * t.element_size() for t in (*_tensors(args), *_tensors(out)))
         library = library_of(self.target) if op in ("conv", "batch_norm") else "aten"
-        return Row(self.place, op, library, "", memory_us(moved, self.target), None, moved, reason)
+        tensors = _tensors(out)
+        us, limit = library_us(moved, _multiply_adds(op, args, tensors[0]), tensors[0].dtype, self.target)
+        return Row(self.place, op, library, "", us, None, moved, reason, limit)
+
+
+def _multiply_adds(op: str, args: Sequence[Any], out: Tensor) -> int:
+    """Of an operator of PyTorch that is a matrix product, else 0."""
+    if op == "conv" and not args[6]:  # transposed
+        return out.numel() * prod(args[1].shape[1:])
+    return out.numel() * args[-1].shape[0] if op == "linear" else 0
 
 
 def _tensors(values: object) -> list[Tensor]:
@@ -185,7 +199,7 @@ def _tensors(values: object) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
-def _reasons(model: nn.Module) -> dict[str, str]:
+def reasons_not_fused(model: nn.Module) -> dict[str, str]:
     """Why what is known but does not run fused does not, by module name."""
     reasons: dict[str, str | None] = {}
     m: structure.Converted
@@ -277,7 +291,7 @@ def _trace(
             fake = fake.to(dtype)
         fakes[name] = fake
         names[id(fake)] = name.rpartition(".")[0]
-    tracer = _Tracer(target, names, _reasons(model))
+    tracer = _Tracer(target, names, reasons_not_fused(model))
     with mode, torch.no_grad():
         x = torch.empty(shape, dtype=getattr(model, "input_dtype", dtype), device=first.device)
         try:

@@ -38,6 +38,8 @@ class Choice:
         config: the kernel's tiling, if it has one.
         reason: why, in words.
         predicted_us, measured_us: time of the chosen realisation in microseconds, where known.
+        limit: the resource that bounds it by the cost model (``"hbm"``, ``"l2"``, ``"shared"``, ``"tensor"``,
+            ``"issue"``), or ``""``.
     """
 
     realisation: str
@@ -45,6 +47,7 @@ class Choice:
     reason: str
     predicted_us: float | None = None
     measured_us: float | None = None
+    limit: str = ""
 
     @property
     def fused(self) -> bool:
@@ -106,21 +109,22 @@ def choose_step(
         RuntimeError: ``use_backend("triton")`` is in force and no kernel can run.
     """
     reason = refusal(target, dtype)
+    limit = "hbm" if target.is_cuda else ""
     if backend == "triton":
         if reason:
             raise RuntimeError(f"use_backend('triton') cannot run {step}: {reason}. Use use_backend('auto').")
-        return Choice(step, None, "use_backend('triton')", _moving_us(ours, target))
+        return Choice(step, None, "use_backend('triton')", _moving_us(ours, target), limit=limit)
     library = library_of(target)
     library_us = _moving_us(theirs, target)
     if backend == "cudnn":
-        return Choice(library, None, "use_backend('cudnn')", library_us)
+        return Choice(library, None, "use_backend('cudnn')", library_us, limit=limit)
     our_us = _moving_us(ours, target)
     if reason or our_us is None or library_us is None:
         return Choice(library, None, reason or "the interpreter runs only under use_backend('triton')")
     text = f"unmeasured; predicted {our_us:.1f} us (hbm) against {library_us:.1f} us by {library}"
     if our_us <= CLEAR_WIN * library_us:
-        return Choice(step, None, text, our_us)
-    return Choice(library, None, text, library_us)
+        return Choice(step, None, text, our_us, limit=limit)
+    return Choice(library, None, text, library_us, limit=limit)
 
 
 def _moving_us(work: tuple[int, int], target: Target) -> float | None:
@@ -175,9 +179,10 @@ def _choose_conv(
         return _choose_cpu(epilogue, dtype, target, backend)
     if reason:  # such as fp64, for which the target has no rate
         return Choice(library, None, reason)
-    theirs = cost.predict_unfused(shape, epilogue, dtype, precision, target).us
+    unfused = cost.predict_unfused(shape, epilogue, dtype, precision, target)
+    theirs = unfused.us
     if backend == "cudnn":
-        return Choice(library, None, "use_backend('cudnn')", theirs)
+        return Choice(library, None, "use_backend('cudnn')", theirs, limit=unfused.limit)
 
     def fits(config: ConvConfig) -> bool:
         return cost.fits(config, shape, dtype.itemsize, epilogue.residual, target)
@@ -188,8 +193,9 @@ def _choose_conv(
         if entry.shape.n != shape.n:
             text += f" at batch {entry.shape.n}"
         if backend == "triton" or entry.us <= entry.library_us:
-            return Choice(entry.config.kernel, entry.config, text, None, entry.us)
-        return Choice(library, None, text, None, entry.library_us)
+            limit = cost.predict(shape, epilogue, entry.config, dtype, precision, target).limit
+            return Choice(entry.config.kernel, entry.config, text, None, entry.us, limit)
+        return Choice(library, None, text, None, entry.library_us, unfused.limit)
     name, entry = tuning.lookup_sibling(target, shape, dtype, epilogue.residual, precision) or ("", None)
     if entry and fits(entry.config):
         config = entry.config
@@ -205,10 +211,10 @@ def _choose_conv(
         if win:
             _warn_unmeasured(target, shape, dtype, precision)
     if backend == "triton":
-        return Choice(config.kernel, config, f"use_backend('triton'); {text}", ours.us)
+        return Choice(config.kernel, config, f"use_backend('triton'); {text}", ours.us, limit=ours.limit)
     if win:
-        return Choice(config.kernel, config, text, ours.us)
-    return Choice(library, None, text, theirs)
+        return Choice(config.kernel, config, text, ours.us, limit=ours.limit)
+    return Choice(library, None, text, theirs, limit=unfused.limit)
 
 
 def choose_stem(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,12 +111,6 @@ def _draw_times(axes: Any, rows: tuple[Row, ...], colours: list[str]) -> None:
         if us is None:
             continue
         axes.barh(place, us, color=colour, alpha=0.5 if row.measured_us is None else 1.0)
-        axes.annotate(_limit(row), (us, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=5)
+        axes.annotate(row.limit, (us, place), xytext=(2, 0), textcoords="offset points", va="center", fontsize=5)
     kind = "predicted, not measured" if not measured else "measured; pale: predicted" if predicted else "measured"
     axes.set_xlabel(f"microseconds ({kind}) and the limiting resource")
-
-
-def _limit(row: Row) -> str:
-    """The resource that limits a kernel of this package by the cost model, as the step's reason names it, or ``""``."""
-    found = re.search(r"predicted [\d.]+ us \((\w+)\)", row.reason)
-    return found[1] if found and _runner(row) == OURS else ""

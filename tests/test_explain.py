@@ -343,3 +343,16 @@ def test_a_detector_is_told_to_explain_its_backbone() -> None:
     assert {"layer4.2.conv3", "inner_blocks.0.0"} <= {
         row.name.removeprefix("body.").removeprefix("fpn.") for row in plan.rows
     }
+
+
+def test_every_prediction_names_its_limit() -> None:
+    model = convert(tv.resnext50_32x4d().eval(), inplace=True)
+    plan = explain(model, (64, 3, 224, 224), dtype=torch.bfloat16, device=H200)
+    assert {row.limit for row in plan.rows} <= {"hbm", "l2", "shared", "tensor", "issue"}
+    grouped = next(row for row in plan.rows if row.name == "layer1.0.conv2" and row.op == "conv")
+    assert grouped.limit == "hbm", "four channels a group"
+    dense = explain(nn.Conv2d(512, 512, 3), (64, 512, 64, 64), dtype=torch.bfloat16, device=H200).rows[0]
+    assert dense.limit == "tensor"
+    products = 2 * dense.bytes  # at the very least: 288 multiply-adds a byte
+    assert dense.predicted_us > cost.memory_us(products, known_devices()[H200])
+    assert {row.limit for row in explain(model, (1, 3, 64, 64)).rows} == {""}, "nothing is predicted for a CPU"

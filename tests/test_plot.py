@@ -21,9 +21,9 @@ def plan(*rows: Row) -> Plan:
 
 
 ROWS = (
-    Row("conv1", "conv", "conv1x1", "", 1.5, None, 1_000_000, "unmeasured; predicted 1.5 us (tensor) against 9.0 us"),
-    Row("conv1", "conv", "conv1x1", "", 2.5, None, 1_000_000, "unmeasured; predicted 2.5 us (l2) against 9.0 us"),
-    Row("conv2", "conv", "cudnn", "", 4.0, None, 2_000_000, "unmeasured; predicted 9.0 us (issue) against 4.0 us"),
+    Row("conv1", "conv", "conv1x1", "", 1.5, None, 1_000_000, "unmeasured", "tensor"),
+    Row("conv1", "conv", "conv1x1", "", 2.5, None, 1_000_000, "unmeasured", "l2"),
+    Row("conv2", "conv", "cudnn", "", 4.0, None, 2_000_000, "unmeasured; predicted 9.0 us (issue)", "hbm"),
 )
 
 

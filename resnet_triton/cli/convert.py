@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import structure
 from ..convert import KNOWN, convert, is_converted, original_class, residual_blocks
-from ..explain import _reasons
+from ..explain import reasons_not_fused
 from ..sources import load_model
 from .common import (
     DTYPES,
@@ -70,7 +70,7 @@ class Part:
 
 def parts_of(model: nn.Module) -> list[Part]:
     """What a converted model fuses, in the order of its modules."""
-    reasons = _reasons(model)
+    reasons = reasons_not_fused(model)
     blocks = {name: (m, spec) for name, m, spec in residual_blocks(model)}
     parts = []
     for name, m in model.named_modules():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..explain import _reasons
+from ..explain import reasons_not_fused
 from ..fold import fold
 from ..sources import FOLDED, load_model
 from .common import model_arguments, note_random_weights, output_file, written_whole
@@ -66,7 +66,7 @@ def _norms(model: nn.Module) -> list[str]:
 
 def _left(folded: nn.Module) -> dict[str, str]:
     """Why each BN that a folded model still has was left."""
-    reasons = _reasons(folded)
+    reasons = reasons_not_fused(folded)
     left = {}
     for name in _norms(folded):
         owner = max((path for path in reasons if f"{name}.".startswith(f"{path}.")), key=len, default=None)
