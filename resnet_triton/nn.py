@@ -5,19 +5,22 @@ Three kinds of modules can run fused: a *block* (basic or bottleneck), a *stage*
 they may; whatever is not fused runs the module's own forward.
 
 The outermost owner runs its blocks in one loop, in which the next block's first convolution is computed together with
-this block's end. It lives in a local variable there: nothing is kept on modules or tensors between calls.
+this block's end. It lives in a local variable there: nothing is kept on modules or tensors between calls. What runs of
+a stage is remembered beside them, and read anew as soon as anything in it changed (:mod:`.snapshot`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from .functional import ConvBN
+from .snapshot import Remembered
 from .structure import (
     STEMS,
     Converted,
@@ -41,11 +44,11 @@ from .structure import (
 
 
 def unit(conv: Converted, norm: Converted) -> ConvBN:
-    """The tensors and geometry of a convolution and its normalisation, read anew on each call."""
+    """The tensors and geometry of a convolution and its normalisation, as they are now."""
     stride, padding, dilation = conv.stride[0], conv.padding[0], conv.dilation[0]
     if type(norm) is nn.Identity:
         return ConvBN(conv.weight, conv.bias, None, None, None, None, 0.0, stride, padding, dilation)
-    eps = frozen_eps(norm)
+    eps = norm.eps if type(norm) is nn.BatchNorm2d else frozen_eps(norm)
     return ConvBN(
         conv.weight,
         conv.bias,
@@ -77,26 +80,45 @@ def _apply(x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = No
 # Blocks
 
 
-def _first_unit(block: Converted) -> ConvBN:
-    return unit(*block._resnet_triton.spec.units[0].read(block)[:2])
+class Block(NamedTuple):
+    """What runs of a fusable block: its units, and its projection shortcut behind ``before``."""
+
+    first: ConvBN
+    rest: list[ConvBN]
+    before: tuple[nn.Module, ...]
+    project: ConvBN | None
 
 
-def run_blocks(blocks: Sequence[Converted], x: Tensor) -> Tensor:
-    """Runs fusable blocks one after another; bottlenecks hand their first convolution to the block before them."""
+def _read(block: Converted) -> Block:
+    spec = block._resnet_triton.spec
+    first, *rest = [unit(*u.read(block)[:2]) for u in spec.units]
+    parts = projection(getattr(block, spec.shortcut))
+    if parts is None:
+        return Block(first, rest, (), None)
+    return Block(first, rest, parts.before, unit(parts.conv, parts.norm))
+
+
+def _read_stage(stage: Converted) -> list[Block] | None:
+    """The blocks of a stage if all of them run fused without being called, else None."""
+    blocks = blocks_of(stage)
+    return None if blocks is None else [_read(block) for block in blocks]
+
+
+_stage_blocks = Remembered(_read_stage)
+
+
+def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:
+    """Runs blocks one after another; bottlenecks hand their first convolution to the block before them."""
     t = None
-    for i, block in enumerate(blocks):
-        spec = block._resnet_triton.spec
+    for i, (first, rest, before, project) in enumerate(blocks):
         if t is None:
-            t = _apply(x, _first_unit(block))
-        rest = [unit(*u.read(block)[:2]) for u in spec.units[1:]]
-        shortcut, project = x, None
-        if (parts := projection(getattr(block, spec.shortcut))) is not None:
-            project = unit(parts.conv, parts.norm)
-            for m in parts.before:
-                shortcut = m(shortcut)
+            t = _apply(x, first)
+        shortcut = x
+        for m in before:
+            shortcut = m(shortcut)
         following = None
-        if i + 1 < len(blocks) and len(blocks[i + 1]._resnet_triton.spec.units) == 3:
-            following = _first_unit(blocks[i + 1])
+        if i + 1 < len(blocks) and len(blocks[i + 1].rest) == 2:
+            following = blocks[i + 1].first
         x, t = functional.block_tail(t, shortcut, *rest, downsample=project, next=following)
     return x
 
@@ -107,7 +129,7 @@ def run_block(block: Converted, x: Tensor) -> Tensor:
     if transient_reason(block, spec) is not None:
         return block._eager(x)
     if structural_reason(block, spec) is None:
-        return run_blocks([block], x)
+        return run_blocks([_read(block)], x)
     return _run_units(block, x) if has_fusable_unit(block, spec) else block._eager(x)
 
 
@@ -166,7 +188,7 @@ def _run_shortcut(block: Converted, x: Tensor) -> Tensor:
 
 def run_stage(stage: Converted, x: Tensor) -> Tensor:
     """A converted stage's forward."""
-    blocks = blocks_of(stage)
+    blocks = _stage_blocks(stage)
     return stage._eager(x) if blocks is None else run_blocks(blocks, x)
 
 
@@ -212,11 +234,11 @@ def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterab
             i = 4 if pooled else 3
             if names[i - 1] in taps:
                 outputs[names[i - 1]] = x
-    pending: list[Converted] = []  # fused blocks not run yet: no tap has asked for what they compute
+    pending: list[Block] = []  # fused blocks not run yet: no tap has asked for what they compute
     while i < len(children):
         name, m = names[i], modules[i]
-        marked = getattr(m, "_resnet_triton", None)
-        blocks = blocks_of(m) if marked is not None and marked.kind == "stage" and is_bypassable(m) else None
+        marked = getattr(type(m), "_resnet_triton", None)
+        blocks = _stage_blocks(m) if marked is not None and marked.kind == "stage" and is_bypassable(m) else None
         if blocks is None:
             x = m(run_blocks(pending, x))
             pending = []

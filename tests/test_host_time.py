@@ -13,7 +13,7 @@ from tests.networks import basics, images
 
 #: Functions, Python's and C's, that one forward of a converted ResNet-50 may call before any kernel is launched. The
 #: same on every machine, unlike a time.
-CALLS = 4000
+CALLS = 800
 
 
 def test_resnet50_calls_few_functions() -> None:
