@@ -25,8 +25,9 @@ from .backend import current_backend
 from .convert import is_block, is_converted
 from .cost import library_us
 from .devices import Target, target_of
-from .ops import IMPLEMENTATIONS, Recorder, Step
+from .ops import IMPLEMENTATIONS
 from .plan import library_of
+from .steps import Recorder, Step
 
 # Short names of PyTorch's operators; the others go by their own.
 _NAMES = {

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from .devices import target_of
-from .ops import FAKES, Recorder
+from .ops import FAKES
+from .steps import Recorder
 
 
 @dataclass(frozen=True)

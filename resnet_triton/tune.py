@@ -29,8 +29,8 @@ from .explain import fused_steps
 from .journal import Journal, Record, hash_of
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.geometry import ConvShape
-from .ops import Recorder
 from .rows import Crew, Row
+from .steps import Recorder
 from .tuner import Trial, candidates, entry_of, key_of, search
 from .tuning import Entry
 

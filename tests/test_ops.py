@@ -17,7 +17,8 @@ from resnet_triton.devices import target_of
 from resnet_triton.functional import ConvBN
 from resnet_triton.kernels.config import Epilogue
 from resnet_triton.kernels.geometry import ConvShape
-from resnet_triton.ops import IMPLEMENTATIONS, Recorder, channels_last, nhwc, split_units
+from resnet_triton.ops import IMPLEMENTATIONS, split_units
+from resnet_triton.steps import Recorder, channels_last, nhwc
 from tests.comparers import GRADCHECK, identical, same_math
 
 ops = torch.ops.resnet_triton
