@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -102,6 +103,8 @@ def _fold_pair(conv_place: Place, norm_place: Place) -> None:
     u = unit(conv, norm)
     assert u.mean is not None and u.var is not None  # why_not_norm asks for statistics
     weight, bias = functional.fold_bn(u.weight, u.bias, u.gamma, u.beta, u.mean, u.var, u.eps)
-    conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), conv.weight.requires_grad)
-    conv.bias = nn.Parameter(bias, conv.weight.requires_grad)
+    folded = copy.deepcopy(conv)  # elsewhere the same convolution may run with another BN, or with none
+    folded.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), conv.weight.requires_grad)
+    folded.bias = nn.Parameter(bias, conv.weight.requires_grad)
+    setattr(*conv_place, folded)
     setattr(*norm_place, nn.Identity())

@@ -220,3 +220,42 @@ def test_a_getter_of_another_network_is_left_alone() -> None:
     folded = fold(getter)
     assert norms(folded) == ["bn1"]
     same_math(logits(folded, x)["out"], logits(getter, x)["out"])
+
+
+class AliasedStem(nn.Module):
+    """Holds a network, and its stem a second time, as an encoder does that kept what it was cut from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bottlenecks()
+        self.stem = nn.Sequential(self.net.conv1, self.net.bn1, self.net.relu, self.net.maxpool)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net.layer1(self.stem(x)), self.net(x)
+
+
+class NetworkAndGetter(nn.Module):
+    """A network, and a getter of the same modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bottlenecks()
+        self.body = IntermediateLayerGetter(self.net, {"layer2": "out"})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(x)["out"], self.net(x)
+
+
+@pytest.mark.parametrize("make", (AliasedStem, NetworkAndGetter))
+def test_a_convolution_that_sits_at_two_places_is_folded_at_each_or_left(make) -> None:
+    model, x = make().eval(), images()
+    for ours, theirs in zip(logits(fold(model), x), logits(model, x), strict=True):
+        same_math(ours, theirs)
+
+
+def test_one_convolution_with_two_bns_is_folded_into_two() -> None:
+    model, x = bottlenecks(), images()
+    model.layer1[1].conv2 = model.layer1[0].conv2
+    folded = fold(model)
+    assert norms(folded) == []
+    same_math(logits(folded, x), logits(model, x))
