@@ -160,7 +160,7 @@ def _run_unit(spec: UnitSpec, block: Converted, x: Tensor) -> Tensor:
     conv, norm, *then = spec.read(block)
     then = [m for m in then if not does_nothing(m)]
     if why_not_unit(spec, conv, norm) is None:
-        relu = bool(then) and type(then[0]) is nn.ReLU
+        relu = len(then) > 0 and type(then[0]) is nn.ReLU
         x = _apply(x, unit(conv, norm), relu)
         then = then[relu:]
     else:

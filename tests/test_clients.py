@@ -188,6 +188,11 @@ def test_timm_scripts_traces_exports_and_compiles() -> None:
     agree(features, torch.jit.script(convert(features)), x)
 
 
+def test_timm_compiles_blocks_that_run_fused_in_part() -> None:
+    model = randomise(timm.create_model("resnetblur18", num_classes=10).double())
+    agree(model, torch.compile(convert(model), fullgraph=True, backend="eager"), images())
+
+
 def test_timm_copies_and_pickles() -> None:
     model = convert(randomise(timm.create_model("resnet10t", num_classes=10).double()))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
