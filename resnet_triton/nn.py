@@ -293,8 +293,8 @@ def run_smp_encoder(encoder: Converted, x: Tensor) -> list[Tensor]:
     """The forward of a converted segmentation_models_pytorch ResNet encoder: the input and a feature map per depth."""
     taps = ("relu", "layer1", "layer2", "layer3", "layer4")[: encoder._depth]
     children = trunk_of(encoder)
-    children = children[: 1 + max((i for i, (name, _) in enumerate(children) if name in taps), default=-1)]
-    outputs = run_trunk(children, x, taps)
+    ends = [0] + [i + 1 for i, (name, _) in enumerate(children) if name in taps]
+    outputs = run_trunk(children[: ends[-1]], x, taps)
     return [x, *(outputs[name] for name in taps)]
 
 

@@ -220,6 +220,12 @@ def test_segmentation_models_pytorch(architecture: str, encoder: str, options: d
     assert counts["stem"] == 1 and counts.get("block_tail") == tails
 
 
+def test_an_encoder_compiles_whole() -> None:
+    encoders = pytest.importorskip("segmentation_models_pytorch.encoders")
+    model = randomise(encoders.get_encoder("resnet18", depth=2, weights=None).double())
+    agree(model, torch.compile(convert(model), fullgraph=True, backend="eager"), images())
+
+
 # Hugging Face transformers
 
 
