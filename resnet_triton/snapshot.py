@@ -29,12 +29,13 @@ class Snapshot:
         self.members: list[dict[str, Any]] = []
         for m in self.modules:
             self.hooks += (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-            self.members += (m.__dict__, m._parameters, m._buffers, m._modules)
+            self.members += (m._parameters, m._buffers, m._modules)
         self.types = list(map(type, self.modules))
         self.values = self._now()
 
     def _now(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self.members)))
+        attributes = map(vars, self.modules)  # not kept: an object's __dict__ may be replaced as a whole
+        return list(chain.from_iterable(map(dict.values, chain(attributes, self.members))))
 
     def holds(self) -> bool:
         """Whether all of it is the same, object by object, and nothing has a hook."""

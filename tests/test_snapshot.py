@@ -31,6 +31,7 @@ CHANGES = {
     "class": lambda s: setattr(s[0].relu, "__class__", nn.SiLU),
     "training": lambda s: s[0].bn1.train(),
     "hook": lambda s: s[0].bn1.register_forward_hook(lambda m, args, out: 2 * out),
+    "all attributes": lambda s: setattr(s[0].bn1, "__dict__", {**vars(s[0].bn1), "eps": 0.25}),
     "new attribute": lambda s: setattr(s[0].conv2, "forward", torch.zeros_like),
 }
 
