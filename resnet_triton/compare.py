@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backend import use_backend
 from .convert import convert
 from .explain import explain
-from .providers import DTYPES, Call, Provider, providers_on, weak_dtype
+from .providers import DTYPES, Call, Provider, Unavailable, providers_on, weak_dtype
 from .results import FAILED, OK, WRONG, Row, device_name
 from .timing import Bystanders, Sample, clock_for, interleave, percentiles
 
@@ -364,12 +364,15 @@ def _build(row: Row, provider: Provider, model: nn.Module, x: Tensor) -> _Contes
         if x.is_cuda:
             torch.cuda.reset_peak_memory_stats()
         outputs = [out.clone() for out in tensors_of(call())]
+    except Unavailable as reason:
+        row.status = f"not available: {reason}"
+        return None
     except Exception as error:
         if len(x) > 1 and is_out_of_memory(error):
             raise
         row.status = f"{FAILED}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
         return None
-    if x.is_cuda:
+    if x.is_cuda and provider.package is None:
         row.peak_memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20
     return _Contestant(row, provider, call, outputs)
 
@@ -424,6 +427,8 @@ def _time(group: Group, contestants: list[_Contestant], watch: Watch) -> None:
     for c, samples in zip(contestants, timed.values(), strict=True):
         c.row.others_cpu = bystanders.share
         fill_times(c.row, samples)
+        if c.provider.package is not None:
+            c.row.host_time = None
         medians[c.row.dtype, c.row.provider] = c.row.infer_step_time or float("nan")
     for c in contestants:
         own = medians[c.row.dtype, c.row.provider]

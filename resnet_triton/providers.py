@@ -13,6 +13,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ DTYPES = {
 CXX_COMPILERS = ("g++", "clang++", "c++", "icpx", "cl")
 
 
+class Unavailable(Exception):
+    """Why a provider cannot run a model; the row says it, and no comparison fails for it."""
+
+
 @dataclass(frozen=True)
 class Provider:
     """One contestant.
@@ -40,6 +45,8 @@ class Provider:
         ours: whether it is this package: then a wrong or failing result fails the comparison.
         devices: device types on which it competes.
         needs: ``device type -> None`` or why it cannot run here.
+        package: what it runs on instead of PyTorch: without that installed it does not compete; its memory is not
+            PyTorch's to count, and its calls return with the result.
     """
 
     name: str
@@ -47,6 +54,12 @@ class Provider:
     ours: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     needs: Callable[[str], str | None] = lambda device: None
+    package: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package is there."""
+        return self.package is None or find_spec(self.package) is not None
 
 
 def _cast(model: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> nn.Module:
@@ -119,6 +132,20 @@ def ours_graph(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     return lambda: captured(x)
 
 
+def jax(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
+    """The model as a jitted JAX function on NHWC, BN folded."""
+    from .jax_provider import build
+
+    return build(model, x, dtype)
+
+
+def no_jax(device: str) -> str | None:
+    """Why JAX, which is installed, cannot compute on a device type, or None."""
+    from .jax_provider import why_not
+
+    return why_not(device)
+
+
 def no_cxx_compiler(device: str) -> str | None:
     """Why Inductor cannot compile for the CPU here, or None. On a GPU it needs no C++ compiler of its own."""
     chosen = os.environ.get("CXX")
@@ -131,6 +158,7 @@ CHANNELS_LAST = Provider("eager channels_last", eager_channels_last)
 COMPILE = Provider("torch.compile", compiled, devices=("cpu",), needs=no_cxx_compiler)
 FREEZING = Provider("torch.compile freezing", compiled_freezing, devices=("cpu",), needs=no_cxx_compiler)
 MAX_AUTOTUNE = Provider("torch.compile max-autotune", compiled_max_autotune, devices=("cuda",))
+JAX = Provider("JAX", jax, needs=no_jax, package="jax")
 OURS = Provider("ours", ours, ours=True)
 FOLDED = Provider("ours folded", ours_folded, ours=True, devices=("cpu",))
 OURS_COMPILED = Provider("ours + torch.compile", ours_compiled, ours=True, devices=("cuda",))
@@ -143,6 +171,7 @@ PROVIDERS: list[Provider] = [
     COMPILE,
     FREEZING,
     MAX_AUTOTUNE,
+    JAX,
     OURS,
     FOLDED,
     OURS_COMPILED,
@@ -152,7 +181,12 @@ PROVIDERS: list[Provider] = [
 
 def providers_on(device: str) -> list[Provider]:
     """The providers that compete on a device type, baseline first."""
-    return [provider for provider in PROVIDERS if device in provider.devices]
+    return [provider for provider in PROVIDERS if device in provider.devices and provider.installed]
+
+
+def absent_on(device: str) -> list[Provider]:
+    """Those that would compete on a device type if their package were installed."""
+    return [provider for provider in PROVIDERS if device in provider.devices and not provider.installed]
 
 
 def weak_dtype(device: str, dtype: str) -> str | None:

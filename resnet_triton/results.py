@@ -126,6 +126,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "torchvision": version("torchvision"),
+        "jax": version("jax"),
         "resnet_triton": __version__,
         "cudnn": torch.backends.cudnn.version(),
         "mkldnn": torch.backends.mkldnn.is_available(),

@@ -131,7 +131,7 @@ def conditions(env: dict[str, Any]) -> str:
     """Hardware and versions in one line."""
     hardware = f"{env['device']}, " if env["device"] != "cpu" else ""
     text = f"{hardware}{env['cpu']}, {env['cores']} cores, {env['threads']} threads; torch {env['torch']}"
-    for name in ("triton", "torchvision", "cuda", "cudnn"):
+    for name in ("triton", "torchvision", "jax", "cuda", "cudnn"):
         if env.get(name):
             text += f", {name} {env[name]}"
     text += f"; {env['date']}"

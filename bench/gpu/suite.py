@@ -19,7 +19,7 @@ from .rows import ROOT, child_env, end
 
 DRY = "dry-run"  # instead of a device's name
 #: Modules of the package that compare, print and draw: a change of theirs changes no result of the checks.
-BESIDE = {"compare.py", "plot.py", "providers.py", "results.py", "tables.py", "timing.py"}
+BESIDE = {"compare.py", "jax_provider.py", "plot.py", "providers.py", "results.py", "tables.py", "timing.py"}
 
 
 @dataclass

@@ -16,7 +16,7 @@ from .. import compare
 from ..backend import dot_precision
 from ..compare import NOT_MEASURED, SLOWER, Group, Verdict, Watch
 from ..convert import convert, is_converted, unconvert
-from ..providers import providers_on
+from ..providers import absent_on, providers_on
 from ..results import FAILED, WRITERS, WRONG, Row, environment, write
 from ..sources import load_model
 from ..tables import LEGEND, MODEL_COLUMNS, busy, cells, conditions, plain
@@ -152,6 +152,9 @@ def _left_out(chosen: list[str] | None, device: str) -> tuple[str, ...]:
     competing = {_slug(provider.name): provider for provider in providers_on(device)}
     unknown = [name for name in chosen if _slug(name) not in competing]
     if unknown:
+        for provider in absent_on(device):
+            if _slug(provider.name) == _slug(unknown[0]):
+                raise ValueError(f"--providers {unknown[0]!r} is not installed: pip install {provider.package}")
         raise ValueError(f"--providers {unknown[0]!r} is not known on {device}; allowed: {', '.join(competing)}")
     slugs = {_slug(name) for name in chosen}
     if not any(competing[slug].ours for slug in slugs):
