@@ -38,7 +38,8 @@ class Row:
         provider: who computed it.
         model: network or, in the layers suite, the step.
         dtype: of the activations; ``tf32`` is float32 with TF32 matrix instructions.
-        status: ``"ok"``, or why there is no number: ``"WRONG: ..."``, ``"needs g++"``, ``"not measured: ..."``.
+        status: ``"ok"``, or why there is no number: ``"WRONG: ..."``, ``"needs g++"``,
+            ``"not available: ..."``, ``"not measured: ..."``.
         infer_batch_size, infer_img_size: images of a batch, pixels of a side.
         infer_samples_per_sec: images per second, from the median time.
         infer_step_time: median milliseconds of one forward; step_time_p20 and step_time_p80 are its spread.

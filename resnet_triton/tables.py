@@ -80,7 +80,7 @@ MODEL_COLUMNS: tuple[Column, ...] = (
 )
 LEGEND = (
     "images/s from the median of n interleaved rounds; vs eager: same dtype; vs fp32: against eager float32; "
-    "error, eager's: largest deviation from float64 over the largest value, ours gated at 2x eager's"
+    "error, eager's: root mean square deviation from float64 over the largest value, ours gated at 2x eager's"
 )
 ACCURACY_LEGEND = "top-1, agree: right, and as float32 eager, on held-out images"
 PREDICTION = "A predicted time is the cost model's, without host time. It is not a measurement."

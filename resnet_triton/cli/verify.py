@@ -161,8 +161,8 @@ class Comparison:
         self.changed: list[str] = []
 
     def _cast(self, model: nn.Module) -> nn.Module:
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        return model.to(dtype=self.dtype).to(memory_format=layout)  # type: ignore[call-overload]
+        # the layout of a converted model's weights, in which PyTorch sums in another order than in NCHW
+        return model.to(dtype=self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _try(self, name: str, step: Callable[..., Any], *args: Any) -> Any:
         """A step of our own models, or None; an exception is their failure, not the user's."""
@@ -209,8 +209,8 @@ class Comparison:
 
     @torch.inference_mode()
     def _outputs(self, name: str, x: Tensor) -> list[Tensor]:
-        layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        return tensors_of(self.models[name](x.to(self.device, self.dtype).contiguous(memory_format=layout)))
+        x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        return tensors_of(self.models[name](x))
 
     def _deviates(self, name: str, out: list[Tensor], exact: list[Tensor]) -> None:
         found = self.deviations.setdefault(name, [Deviation() for _ in exact])
