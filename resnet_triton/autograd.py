@@ -7,6 +7,7 @@ backward. BN here is always inference BN (constant statistics); training statist
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,11 @@ def conv_backward(
     return (d_x, d_weight, d_bias, d_gamma, d_beta), dz
 
 
+def _again(function: type[Function], *arguments: Any) -> Any:
+    """A forward's result once more; it is differentiated where the backward is (second derivatives, torch.func)."""
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(*arguments)
+
+
 class ConvBNAct(Function):
     """``relu(bn(conv(x)) + residual)``; arguments as ``torch.ops.resnet_triton.conv_bn_act``."""
 
@@ -112,7 +118,7 @@ def _tail_backward(grads, t, shortcut, units, eps, geometry, y, y_next, needs):
         d_t, d_shortcut = back(0, second, grad, t, y, need_t)
     else:
         weight, vectors, unit_eps, unit_geometry = second
-        hidden = ops.conv_bn_act(t, weight, *vectors, None, unit_eps, True, *unit_geometry)
+        hidden = _again(ConvBNAct, t, weight, *vectors, None, unit_eps, True, *unit_geometry)
         d_hidden, d_shortcut = back(1, third, grad, hidden, y)
         d_t, _ = back(0, second, d_hidden, t, hidden, need_t)
     if project is not None:
@@ -163,7 +169,7 @@ class Bottleneck(Function):
         first, *tail = _regroup(ctx.counts, tensors)
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         ((weight, vectors, eps, geometry),) = split_units((first,), ctx.eps[:1], ctx.geometry[:3])
-        t = ops.conv_bn_act(x, weight, *vectors, None, eps, True, *geometry)
+        t = _again(ConvBNAct, x, weight, *vectors, None, eps, True, *geometry)
         tail_needs = (True, need_x, *needs[len(first) :])
         d_t, d_shortcut, params = _tail_backward(
             (grad,), t, x, [*tail, []], ctx.eps[1:], ctx.geometry[3:], y, None, tail_needs
@@ -199,7 +205,7 @@ class Stem(Function):
         x, weight, *vectors, norm_mean, norm_std = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         image = reference.normalise(x, norm_mean, norm_std, weight.dtype)
-        y = ops.stem(x, weight, *vectors, norm_mean, norm_std, ctx.eps, False)
+        y = _again(Stem, x, weight, *vectors, norm_mean, norm_std, ctx.eps, False)
         if ctx.pool:
             _, argmax = torch.ops.aten.max_pool2d_with_indices(y, [3, 3], [2, 2], [1, 1])
             grad = torch.ops.aten.max_pool2d_with_indices_backward(
