@@ -181,4 +181,12 @@ def _family_of(cls: Any, known: tuple[type, ...]) -> Family | None:
 
 def family_of(cls: Any) -> Family | None:
     """The family of a class, or None: it, or a class it derives from, is known and defines all its methods."""
-    return _family_of(cls, tuple(originals()))
+    family = _family_of(cls, tuple(originals()))
+    return None if family is None or _is_patched(cls, family) else family
+
+
+def _is_patched(cls: Any, family: Family) -> bool:
+    """Whether a method of the known class was replaced by a function from outside of its library."""
+    library = family.module.partition(".")[0]
+    methods = (getattr(cls, name) for name in ("forward", *_HELPERS) if hasattr(cls, name))
+    return any(getattr(f, "__globals__", {}).get("__name__", "").partition(".")[0] != library for f in methods)

@@ -300,6 +300,9 @@ def why_not_now(modules: Iterable[Converted]) -> str | None:
             return f"the forward of a {type(m).__name__} was replaced on the instance"
         if m.training and isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             return "BatchNorm is in training mode; batch statistics run on PyTorch's modules"
+        weight = m._parameters.get("weight")
+        if weight is not None and hasattr(weight, "__tensor_flatten__"):  # torchao's and DTensor know PyTorch's operators only
+            return f"the weight of a {type(m).__name__} is a {type(weight).__name__}"
     if torch_module._has_any_global_hook():
         return "a global module hook is registered"
     return None

@@ -712,3 +712,11 @@ def test_torchvision_is_not_changed() -> None:
     convert(bottlenecks())
     assert (tv.Bottleneck.forward, tv.ResNet.forward, nn.Sequential.forward) == before
     assert torchvision.models.resnet18 is tv.resnet18
+
+
+@pytest.mark.parametrize("cls, name", ((tv.BasicBlock, "forward"), (tv.ResNet, "_forward_impl")))
+def test_a_method_that_was_patched_on_the_class_is_not_bypassed(monkeypatch, cls: type[nn.Module], name: str) -> None:
+    original = getattr(cls, name)
+    monkeypatch.setattr(cls, name, lambda self, x: 2 * original(self, x))
+    model, x = basics((1, 1, 1, 1)), images()
+    same_math(convert(model)(x), model(x))

@@ -305,6 +305,48 @@ def test_functional_call_and_meta_device() -> None:
     assert out.shape == (2, 10) and out.device.type == "meta"
 
 
+def test_gradients_of_a_function_of_the_weights() -> None:
+    model, x = bottlenecks((1, 1, 1, 1)), images()
+    gradients = []
+    for m in (convert(model), model):
+        loss = lambda weights, m=m: torch.func.functional_call(m, weights, (x,)).square().sum()  # noqa: E731
+        gradients.append(torch.func.grad(loss)(dict(m.named_parameters())))
+    for name, expected in gradients[1].items():
+        same_math(gradients[0][name], expected)
+
+
+class Wrapped(Tensor):
+    """A tensor that holds another and knows PyTorch's operators only, as torchao's quantised weights do."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten", f"{func} is not known"
+        args = [a.inner if isinstance(a, cls) else a for a in args]
+        out = func(*args, **(kwargs or {}))
+        return cls(out) if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default) else out
+
+
+@pytest.mark.parametrize("path", ("fc", "conv1", "bn1", "layer1.0.conv2", "layer1.0.downsample.0", "layer1.1.bn1"))
+def test_weights_of_other_classes_than_tensor(path: str) -> None:
+    model, x = bottlenecks(), images()
+    expected, converted = logits(model, x), convert(model)
+    for _ in range(2):
+        same_math(logits(converted, x), expected)
+        m = converted.get_submodule(path)
+        m.weight = nn.Parameter(Wrapped(m.weight.detach()), requires_grad=False)
+    same_math(logits(convert(converted), x), expected)
+
+
 def test_checkpointed_blocks() -> None:
     from torch.utils.checkpoint import checkpoint_sequential
 
