@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -386,6 +387,14 @@ def test_outputs_are_checked_before_any_work(command, folder, monkeypatch, capsy
     ):
         assert message in refused(capsys, command, *NET, "--output", output)
     assert (folder / f"there{suffix}").read_text() == "kept"
+
+
+def test_a_disk_that_is_full_is_one_line(monkeypatch, capsys):
+    def full(state, path, metadata):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert "No space left" in refused(capsys, "fold", *NET, "--output", "folded.safetensors")
 
 
 def test_an_interrupted_write_leaves_what_was_there(folder, monkeypatch, capsys):

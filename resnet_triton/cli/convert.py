@@ -136,4 +136,4 @@ def _export(model: nn.Module, x: torch.Tensor, target: Path) -> None:
         program = in_one_line("the model cannot be exported", torch.export.export, model, (x,), dynamic_shapes=sizes)
     with written_whole(target) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, about tensors that share memory
-        torch.export.save(program, part)
+        in_one_line(f"--output {str(target)!r} could not be written", torch.export.save, program, part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file; prints what was folded, what was not, and why."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     target = output_file(args.output, (".safetensors",), args.force)
@@ -44,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     state = {name: tensor.detach().contiguous().clone() for name, tensor in folded.state_dict().items()}
     metadata = {"format": "pt", FOLDED: args.model, "resnet_triton.version": __version__}
     with written_whole(target) as part:
-        save_file(state, part, metadata)
+        try:
+            save_file(state, part, metadata)
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(f"--output {args.output!r} could not be written: {error}") from error
     size = target.stat().st_size
     if args.json:
         facts = {"model": args.model, "folded": done, "not_folded": left, "output": str(target), "bytes": size}
@@ -54,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in left.items():
         print(f"  not {name}: {reason}")
     print(f"wrote {target}: {len(state)} tensors, {size / 1e6:.1f} MB")
-    print(f"use it: --weights {target} in any command, or resnet_triton.sources.load_model({args.model!r},")
-    print(f"        weights={str(target)!r})")
+    print(f"use it: --weights {shlex.quote(str(target))} in any command, or")
+    print(f"        resnet_triton.sources.load_model({args.model!r}, weights={str(target)!r})")
     return 0
 
 
