@@ -182,11 +182,16 @@ def _family_of(cls: Any, known: tuple[type, ...]) -> Family | None:
 def family_of(cls: Any) -> Family | None:
     """The family of a class, or None: it, or a class it derives from, is known and defines all its methods."""
     family = _family_of(cls, tuple(originals()))
-    return None if family is None or _is_patched(cls, family) else family
+    return None if family is None or _is_patched(family) else family
 
 
-def _is_patched(cls: Any, family: Family) -> bool:
-    """Whether a method of the known class was replaced by a function from outside of its library."""
-    library = family.module.partition(".")[0]
-    methods = (getattr(cls, name) for name in ("forward", *_HELPERS) if hasattr(cls, name))
-    return any(getattr(f, "__globals__", {}).get("__name__", "").partition(".")[0] != library for f in methods)
+def _is_patched(family: Family) -> bool:
+    """Whether a method of the known class was replaced by a function from outside of the library that defines it."""
+    known = getattr(sys.modules[family.module], family.name)
+    for name in ("forward", *_HELPERS):
+        owner = next((base for base in known.__mro__ if name in vars(base)), None)
+        if owner is not None:
+            home = getattr(vars(owner)[name], "__globals__", {}).get("__name__", "")
+            if home.partition(".")[0] != owner.__module__.partition(".")[0]:
+                return True
+    return False
