@@ -61,7 +61,8 @@ def channel_value(x, inside, norm_mean, norm_std, RGB: tl.constexpr):
 @triton.jit
 def pixel_values(x, h, w, H, W, stride_c, stride_h, stride_w, norm_mean, norm_std, INT64: tl.constexpr):
     """Red, green and blue of the pixels ``(h, w)``; ``h`` is a 64-bit scalar."""
-    inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    # The comparison changes nothing compiled; of scalars and blocks, the interpreter makes integers, no mask.
+    inside = ((h >= 0) & (h < H) & (w >= 0) & (w < W)) != 0
     if INT64:
         w = w.to(tl.int64)
     x += h * stride_h + w * stride_w
