@@ -21,7 +21,6 @@ from resnet_triton.tuning import Entry
 
 GOLDEN = json.loads(aot.GOLDEN.read_text())
 REGENERATE = aot.ACCEPT
-OTHER_TRITON = f"golden.json was written with triton {GOLDEN['triton']}, this is {triton.__version__}"
 CASES = {case.name: case for sm in aot.ARCHITECTURES for case in aot.cases(sm)}
 
 
@@ -35,7 +34,6 @@ def test_program(case: aot.Case) -> None:
         assert not worse, f"{'; '.join(worse)}: {REGENERATE}"
 
 
-@pytest.mark.skipif(GOLDEN["triton"] != triton.__version__, reason=OTHER_TRITON)
 def test_golden_lists_the_shipped_programs() -> None:
     new, gone = CASES.keys() - GOLDEN["cases"].keys(), GOLDEN["cases"].keys() - CASES.keys()
     assert not new and not gone, f"new: {sorted(new)}, gone: {sorted(gone)}; {REGENERATE}"
