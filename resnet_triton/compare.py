@@ -194,6 +194,9 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
 
     With the initial ones, activations and rounding errors would grow from block to block as in no trained network (or,
     with a last gamma of 0, the blocks would compute nothing), and hide a wrong result from the gate.
+
+    Raises:
+        ValueError: the images have too few pixels for statistics.
     """
     for m in model.modules():
         if hasattr(m, "downsample"):
@@ -204,11 +207,21 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # the running statistics become those of the one batch
-    with torch.no_grad():
-        model.train()(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
+    try:
+        with torch.no_grad():
+            model.train()(images)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"images of shape {tuple(images.shape)} are too few pixels for the BN statistics of a model with random "
+            "weights; take more or larger images, or load weights"
+        ) from error
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+    return model
 
 
 def predicted_ms(model: nn.Module, shape: tuple[int, ...], dtype: str, provider: str) -> float | None:

@@ -161,6 +161,13 @@ def test_few_values_are_judged_by_more_images(compete):
     assert lucky._extra_error(torch.bfloat16) == deviation / exact.abs().max().item()
 
 
+def test_one_tiny_image_has_no_bn_statistics():
+    model = resnet_triton.resnet18()
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 32, 32\) are too few pixels .* or load weights"):
+        compare.calibrate(model, torch.randn(1, 3, 32, 32))
+    assert not model.training and model.bn1.momentum == 0.1
+
+
 def test_every_output_is_checked(compete):
     class Pyramid(Tiny):
         def forward(self, x: Tensor) -> dict[str, Any]:
