@@ -120,6 +120,7 @@ _BLOCK, _STAGE, _RESNET = {"forward": _block}, {"forward": _stage}, {"forward": 
 _OURS, _TORCHVISION, _TIMM = "resnet_triton.models", "torchvision.models.resnet", "timm.models.resnet"
 _TIMM_FEATURES = "timm.models._features"
 _HF = "transformers.models.resnet.modeling_resnet"
+_RT_DETR = "transformers.models.rt_detr.modeling_rt_detr_resnet"
 
 FAMILIES = (
     Family("stage", "torch.nn.modules.container", "Sequential", _STAGE),
@@ -154,6 +155,10 @@ FAMILIES = (
     Family("stage", _HF, "ResNetStage", _STAGE, "layers"),
     Family("embeddings", _HF, "ResNetEmbeddings", {"forward": _hf_embeddings}),
     Family("encoder", _HF, "ResNetEncoder", {"forward": _hf_encoder}),
+    Family("block", _RT_DETR, "RTDetrResNetBasicLayer", {"forward": _hf_block}, structure.HF_BASIC),
+    Family("block", _RT_DETR, "RTDetrResNetBottleNeckLayer", {"forward": _hf_block}, structure.HF_BOTTLENECK),
+    Family("stage", _RT_DETR, "RTDetrResNetStage", _STAGE, "layers"),
+    Family("encoder", _RT_DETR, "RTDetrResNetEncoder", {"forward": _hf_encoder}),
 )
 
 #: Methods that a family's replacement stands for or calls: a subclass that overrides one of them is not known.

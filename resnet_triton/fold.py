@@ -54,9 +54,9 @@ def _foldable(model: nn.Module) -> Iterator[tuple[Place, Place]]:
         for u in spec.units:
             yield _place(block, u.conv), _place(block, u.norm)
         shortcut = getattr(block, spec.shortcut)
-        if structure.why_not_shortcut(shortcut, "") is None and structure.projection(shortcut) is not None:
-            conv, norm = list(shortcut._modules)[-2:]
-            yield (shortcut, conv), (shortcut, norm)
+        parts = structure.projection(shortcut) if structure.why_not_shortcut(shortcut, "") is None else None
+        if parts is not None:
+            yield (parts.owner, parts.conv_name), (parts.owner, parts.norm_name)
     m: Converted
     for m in list(model.modules()):
         if is_converted(m):

@@ -162,47 +162,67 @@ def does_nothing(m: Converted) -> bool:
 
 
 class Projection(NamedTuple):
-    """A projection shortcut: what comes before its convolution (an average pool), and its unit."""
+    """A projection shortcut: what comes before its convolution (an average pool), and where its unit sits."""
 
     before: tuple[nn.Module, ...]
-    conv: Converted
-    norm: Converted
+    owner: Converted
+    conv_name: str
+    norm_name: str
+
+    @property
+    def conv(self) -> Converted:
+        """The convolution."""
+        return getattr(self.owner, self.conv_name)
+
+    @property
+    def norm(self) -> Converted:
+        """The normalisation behind it."""
+        return getattr(self.owner, self.norm_name)
 
 
 def projection(shortcut: Converted) -> Projection | None:
     """The parts of a shortcut; None for identity. Ask :func:`why_not_shortcut` first."""
     if shortcut is None or type(shortcut) is nn.Identity:
         return None
+    before: tuple[nn.Module, ...] = ()
+    owner: Converted = shortcut
+    names: tuple[str, ...] = ("convolution", "normalization")
     if type(shortcut) is nn.Sequential:
-        *before, conv, norm = shortcut._modules.values()
-        return Projection(tuple(m for m in before if not does_nothing(m)), conv, norm)
-    return Projection((), shortcut.convolution, shortcut.normalization)
+        *first, last = shortcut._modules.values()
+        if _is_hugging_face(last, SHORTCUTS):
+            before, owner = tuple(first), last
+        else:
+            before, names = tuple(first[:-1]), tuple(shortcut._modules)[-2:]
+    return Projection(tuple(m for m in before if not does_nothing(m)), owner, *names)
 
 
 def why_not_shortcut(shortcut: Converted, name: str) -> str | None:
     """Why a shortcut cannot run fused, or None."""
     if shortcut is None or type(shortcut) is nn.Identity:
         return None
-    if type(shortcut) is nn.Sequential:
-        parts = [*shortcut._modules.items()]
-        if len(parts) < 2 or not all(type(m) in (nn.Identity, nn.AvgPool2d) for _, m in parts[:-2]):
-            return f"{name} is not nn.Sequential(convolution, normalisation), nor the same behind nn.AvgPool2d"
-        (conv_name, conv), (norm_name, norm) = parts[-2:]
-    elif _is_hugging_face(shortcut, "ResNetShortCut"):
-        conv_name, norm_name = "convolution", "normalization"
-        conv, norm = shortcut.convolution, shortcut.normalization
-    else:
+    if type(shortcut) is not nn.Sequential and not _is_hugging_face(shortcut, SHORTCUTS):
         return f"{name} is not nn.Sequential(convolution, normalisation)"
-    if reason := why_not_conv(conv):
-        return f"{name}.{conv_name} {reason}"
-    if reason := why_not_norm(norm):
-        return f"{name}.{norm_name} {reason}"
+    if type(shortcut) is nn.Sequential and len(shortcut) < 2:
+        return f"{name} is nn.Sequential of {len(shortcut)} modules, not of convolution and normalisation"
+    parts = projection(shortcut)
+    assert parts is not None
+    if not all(type(m) is nn.AvgPool2d for m in parts.before):
+        return f"{name} is not nn.Sequential(convolution, normalisation), nor the same behind nn.AvgPool2d"
+    if reason := why_not_conv(parts.conv):
+        return f"{name}.{parts.conv_name} {reason}"
+    if reason := why_not_norm(parts.norm):
+        return f"{name}.{parts.norm_name} {reason}"
     return None
 
 
-def _is_hugging_face(m: nn.Module, name: str) -> bool:
+#: Classes of Hugging Face's that group a shortcut's, and a unit's, convolution and normalisation.
+SHORTCUTS = ("ResNetShortCut", "RTDetrResNetShortCut")
+LAYERS = ("ResNetConvLayer", "RTDetrResNetConvLayer")
+
+
+def _is_hugging_face(m: nn.Module, names: tuple[str, ...]) -> bool:
     cls = type(m)
-    return cls.__name__ == name and cls.__module__.startswith("transformers.")
+    return cls.__name__ in names and cls.__module__.startswith("transformers.")
 
 
 def why_not_unit(spec: UnitSpec, conv: nn.Module, norm: nn.Module) -> str | None:
@@ -245,12 +265,12 @@ def transient_reason(block: Converted, spec: BlockSpec) -> str | None:
         modules += u.read(block)
     for name in spec.owners:
         owner = child(block, name)
-        if type(owner) is not nn.Sequential and not _is_hugging_face(owner, "ResNetConvLayer"):
+        if type(owner) is not nn.Sequential and not _is_hugging_face(owner, LAYERS):
             return f"{name} is {type(owner).__name__}"
         modules.append(owner)
     shortcut = getattr(block, spec.shortcut)
     if shortcut is not None:
-        modules += [shortcut, *shortcut._modules.values()]
+        modules.extend(shortcut.modules())
     return why_not_now(modules)
 
 
@@ -301,7 +321,9 @@ def why_not_now(modules: Iterable[Converted]) -> str | None:
         if m.training and isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             return "BatchNorm is in training mode; batch statistics run on PyTorch's modules"
         weight = m._parameters.get("weight")
-        if weight is not None and hasattr(weight, "__tensor_flatten__"):  # torchao's and DTensor know PyTorch's operators only
+        if weight is not None and hasattr(
+            weight, "__tensor_flatten__"
+        ):  # torchao's and DTensor know PyTorch's operators only
             return f"the weight of a {type(m).__name__} is a {type(weight).__name__}"
     if torch_module._has_any_global_hook():
         return "a global module hook is registered"

@@ -321,3 +321,16 @@ def test_detr_with_its_own_frozen_bn() -> None:
     for m in frozen:
         m.running_var.uniform_(0.5, 1.5)
     assert converted(model, images(1, 64, 64))["block_tail"] == 4
+
+
+@pytest.mark.parametrize("layer_type", ("basic", "bottleneck"))
+def test_the_backbone_of_rt_detr(layer_type: str) -> None:
+    """Average pools before its shortcuts; of its stem of three convolutions nothing is fused."""
+    transformers = pytest.importorskip("transformers")
+    sizes = [16, 32, 64, 128] if layer_type == "basic" else [64, 128, 256, 512]
+    config = transformers.RTDetrResNetConfig(
+        embedding_size=16, layer_type=layer_type, hidden_sizes=sizes, depths=[2, 1, 1, 1], out_features=["stage4"]
+    )
+    model = randomise(transformers.RTDetrResNetBackbone(config).double())
+    counts = converted(model, images(1, 64, 64))
+    assert counts["block_tail"] == 5 and counts["aten"] == 3
