@@ -158,6 +158,17 @@ def test_timm_drop_path_is_off_in_eval_and_on_in_training() -> None:
     same_math(ours(x), theirs)
 
 
+@pytest.mark.parametrize("options", ({"act_layer": "silu"}, {"block_args": {"attn_layer": "se"}}), ids=("silu", "se"))
+def test_gradients_of_blocks_that_run_fused_in_part(options: dict) -> None:
+    """timm's activations work in place, on what the fused convolutions return."""
+    model = randomise(timm.create_model("resnet18", num_classes=10, **options).double())
+    ours = convert(model)
+    for m in (model, ours):
+        m(images()).square().sum().backward()
+    for mine, theirs in zip(ours.parameters(), model.parameters(), strict=True):
+        same_math(mine.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("name", ("resnet18", "resnet10t"))
 def test_timm_features_only(name: str) -> None:
     for options in ({}, {"out_indices": (1, 3)}, {"out_indices": (4,)}, {"feature_cls": "dict"}):
