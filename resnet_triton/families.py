@@ -23,7 +23,8 @@ class Family(NamedTuple):
     """A known class.
 
     Args:
-        kind: ``"block"``, ``"stage"``, ``"container"``, ``"getter"``, or ``"part"`` (left as it is).
+        kind: ``"block"``, ``"stage"``, ``"container"`` (a whole network), ``"getter"`` (children of a network and which
+            of their outputs to give), ``"encoder"`` (a network without head), or ``"embeddings"`` (a stem by itself).
         module, name: of the class.
         methods: what replaces its methods. The original of ``forward`` is ``_eager``, that of ``f`` is ``_eager_f``.
         spec: a block's or network's attribute names; of a stage, where it holds its blocks.

@@ -241,10 +241,13 @@ def structural_reason(block: Converted, spec: BlockSpec) -> str | None:
         if reason := why_not_unit(u, conv, norm):
             return reason
         active = [(name, m) for name, m in zip(u.then, then, strict=True) if not does_nothing(m)]
-        inner = i + 1 < len(spec.units)
-        if inner and not active:
-            return f"{u.conv} is not followed by an activation; fused blocks apply nn.ReLU"
-        for name, m in active[inner:] if inner and type(active[0][1]) is nn.ReLU else active:
+        if i + 1 < len(spec.units):  # the last unit's ReLU comes after the addition
+            if not active:
+                return f"{u.conv} is not followed by an activation; fused blocks apply nn.ReLU"
+            if type(active[0][1]) is nn.ReLU:
+                del active[0]
+        if active:
+            name, m = active[0]
             return f"{name} is {type(m).__name__}; fused blocks apply nn.ReLU"
     for name in spec.branch:
         m = getattr(block, name)
@@ -321,9 +324,7 @@ def why_not_now(modules: Iterable[Converted]) -> str | None:
         if m.training and isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             return "BatchNorm is in training mode; batch statistics run on PyTorch's modules"
         weight = m._parameters.get("weight")
-        if weight is not None and hasattr(
-            weight, "__tensor_flatten__"
-        ):  # torchao's and DTensor know PyTorch's operators only
+        if hasattr(weight, "__tensor_flatten__"):  # torchao's and DTensor know PyTorch's operators only
             return f"the weight of a {type(m).__name__} is a {type(weight).__name__}"
     if torch_module._has_any_global_hook():
         return "a global module hook is registered"

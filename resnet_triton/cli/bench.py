@@ -26,10 +26,11 @@ from .common import (
     device_of,
     height_and_width,
     in_one_line,
+    minutes,
     model_arguments,
     output_file,
     positive,
-    size_argument,
+    size_arguments,
 )
 
 HELP = "is it faster for this model? Exits 0 when it is, or is equal, and 1 when it is slower or wrong"
@@ -41,11 +42,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Model, shapes, dtypes, and how long."""
     model_arguments(parser)
     parser.add_argument("--batch", type=positive, nargs="+", default=[32], help="images at a time (default: 32)")
-    size_argument(parser)
-    parser.add_argument("--channels", type=positive, help="of the images (default: those that the model's stem takes)")
+    size_arguments(parser)
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="default: bf16 on a GPU, fp32 on the CPU")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--minutes", type=_minutes, default=1.0, help="of timing; building comes on top (default: 1)")
+    parser.add_argument("--minutes", type=minutes, default=1.0, help="of timing; building comes on top (default: 1)")
     parser.add_argument(
         "--providers",
         nargs="+",
@@ -55,16 +55,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", metavar="FILE", help="also write all rows to FILE.json or FILE.csv")
     parser.add_argument("--force", action="store_true", help="overwrite --output")
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < 1e4:
-        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
-    return minutes
 
 
 def run(args: argparse.Namespace) -> int:

@@ -38,12 +38,11 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def image_arguments(parser: argparse.ArgumentParser, batch: int = 1) -> None:
     """``--batch``, ``--size`` and ``--channels``, read by :func:`input_shape`."""
     parser.add_argument("--batch", type=positive, default=batch, help=f"images at a time (default: {batch})")
-    size_argument(parser)
-    parser.add_argument("--channels", type=positive, help="of the images (default: those that the model's stem takes)")
+    size_arguments(parser)
 
 
-def size_argument(parser: argparse.ArgumentParser) -> None:
-    """``--size H [W]``."""
+def size_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--size H [W]`` and ``--channels``."""
     parser.add_argument(
         "--size",
         "--input-size",
@@ -53,6 +52,7 @@ def size_argument(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="image height and width in pixels; one number is both (default: 224)",
     )
+    parser.add_argument("--channels", type=positive, help="of the images (default: those that the model's stem takes)")
 
 
 def positive(text: str) -> int:
@@ -60,6 +60,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be an integer above 0, got {text!r}")
     return int(text)
+
+
+def minutes(text: str) -> float:
+    """A number of minutes above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
+    return value
 
 
 def height_and_width(size: Sequence[int]) -> tuple[int, int]:

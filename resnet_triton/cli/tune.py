@@ -16,7 +16,7 @@ from ..convert import convert
 from ..devices import Target, known_devices, target_of
 from ..sources import load_model
 from ..tune import Progress, Report, Result, Site, merged, sites_of, tune
-from .common import DTYPES, channels_of, height_and_width, model_arguments, positive, size_argument, table
+from .common import DTYPES, channels_of, height_and_width, minutes, model_arguments, positive, size_arguments, table
 
 HELP = "measure the fastest configuration of every convolution of a model on this GPU, and keep it"
 EXAMPLE = "resnet-triton tune --model resnet50 --batch 1 32 256 --dtype bf16 --minutes 20"
@@ -27,8 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Model, batches, dtypes, time and output."""
     model_arguments(parser)
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32, 256], help="default: 1 32 256")
-    size_argument(parser)
-    parser.add_argument("--channels", type=positive, help="of the images (default: those that the model's stem takes)")
+    size_arguments(parser)
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=tuple(DTYPES), help="default: bf16")
     parser.add_argument(
         "--precision",
@@ -36,7 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="of fp32 convolutions: TF32 or exact (default: PyTorch's setting, which is TF32)",
     )
     parser.add_argument(
-        "--minutes", type=_minutes, help="stop by itself after this time; a later call goes on (default: no limit)"
+        "--minutes", type=minutes, help="stop by itself after this time; a later call goes on (default: no limit)"
     )
     parser.add_argument("--output", metavar="DIR", help="folder of the tuned file (default: the user's cache)")
     parser.add_argument("--fresh", action="store_true", help="measure again what an earlier call has finished")
@@ -44,16 +43,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", help="a CUDA device (default: cuda); with --dry-run also a known device name such as 'NVIDIA H200'"
     )
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
