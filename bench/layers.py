@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import functional, reference
-from resnet_triton.compare import PREDICT_FOR, Watch, fill_times, gate, halving, relative_error
+from resnet_triton.compare import PREDICT_FOR, Watch, fill_times, halving
+from resnet_triton.errors import EXACT, gate, relative_error
 from resnet_triton.kernels.config import Epilogue
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.providers import DTYPES
@@ -225,15 +226,15 @@ def _measure(layer: Layer, device: str, dtype: str, budget_s: float) -> dict[str
         folded = layer.folded
         calls[FOLDED] = lambda: folded(*operands)
     backend = "triton" if device == "cuda" else "auto"
-    rows, timed, eager_error = {}, {}, 0.0
+    rows, timed, eager = {}, {}, EXACT
     with torch.inference_mode(), resnet_triton.use_backend(backend):
         exact = layer.eager(*(t.double() for t in tensors))
         for provider, call in calls.items():
             row = rows[provider] = _row(layer, "cpu" if device == "cpu" else device_name(), dtype, provider)
-            row.error = relative_error(call(), exact)
-            eager_error = row.error if provider == EAGER else eager_error
-            row.eager_error = eager_error
-            row.status = gate(row.error, eager_error, dtype, provider != EAGER)
+            error = relative_error(call(), exact)
+            eager = error if provider == EAGER else eager
+            row.error, row.eager_error = error.rms, eager.rms
+            row.status = gate(error, eager, dtype, provider != EAGER)
             if row.status == OK:
                 timed[provider] = call
         del exact

@@ -7,13 +7,13 @@ halved for all providers of the group, which is said.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backend import use_backend
 from .convert import convert
+from .errors import EXACT, UNUSABLE, Error, gate, largest_of, reference_outputs, relative_error, tensors_of
 from .explain import explain
 from .providers import CHANNELS_LAST, DTYPES, Call, Provider, Unavailable, providers_on, weak_dtype
-from .results import FAILED, OK, WRONG, Row, device_name
+from .results import FAILED, OK, Row, device_name
 from .timing import Bystanders, Sample, clock_for, interleave, percentiles
 
 T = TypeVar("T")
 
-OURS_LIMIT = 2.0  # our error in units of eager's
-PEER_LIMIT = 10.0  # a peer beyond this was built wrongly by its provider
 PREDICT_FOR = "NVIDIA H200"
 LAST_GAMMA = 0.25
-CHUNK = 32  # images of one float64 forward
 
 # The largest of a few errors is a matter of luck, and the errors of one image go together: eager's is taken over at
 # least four images, or eight where the batch has few values.
@@ -104,80 +102,6 @@ class _Contestant:
 
 class _TooLarge(Exception):
     """The batch does not fit; names who needed the memory."""
-
-
-def relative_error(out: Tensor, reference: Tensor, scale: float | None = None) -> float:
-    """Root mean square deviation over the largest reference value (or ``scale``); infinite for NaN or a wrong shape.
-
-    A single wrong value counts: it is larger than the rounding errors of all others together.
-    """
-    if out.shape != reference.shape:
-        return float("inf")
-    if scale is None:
-        scale = _largest(reference)
-    deviation = (out.double() - reference).square().mean().sqrt().item() if out.numel() else 0.0
-    if deviation == 0:
-        return 0.0
-    error = deviation / scale if scale else float("inf")
-    return float("inf") if math.isnan(error) else error
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
-
-
-def gate(error: float, eager_error: float, dtype: str, is_ours: bool) -> str:
-    """``"ok"``, or ``"WRONG: ..."`` for an error beyond the limit (the rounding of the result is always allowed)."""
-    eps = 2.0**-11 if dtype == "tf32" else torch.finfo(DTYPES[dtype]).eps / 2
-    if math.isinf(error):
-        return f"{WRONG}: NaN, infinite, or of another shape"
-    limit = max((OURS_LIMIT if is_ours else PEER_LIMIT) * eager_error, eps)
-    return OK if error <= limit else f"{WRONG}: error {error:.1e}, eager {eager_error:.1e}, limit {limit:.1e}"
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output: a tensor, or tuples, lists and mappings of them.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = list(_tensors(output))
-    if not found:
-        raise ValueError(f"the model must return floating-point tensors to compare, got {type(output).__name__}")
-    return found
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from _tensors(part)
-    elif isinstance(output, Mapping):  # dicts, and the outputs of transformers
-        for part in output.values():
-            yield from _tensors(part)
-
-
-def reference_outputs(model: nn.Module, x: Tensor, chunk: int = CHUNK) -> list[Tensor]:
-    """Float64 outputs of the model in eval mode, a few images at a time.
-
-    Raises:
-        ValueError: an output whose first size is not that of the batch.
-    """
-    exact = copy.deepcopy(model).double()
-    parts = []
-    with torch.no_grad():
-        for images in x.split(chunk):
-            outputs = tensors_of(exact(images.double()))
-            for out in outputs:
-                if out.dim() == 0 or out.shape[0] != images.shape[0]:
-                    raise ValueError(
-                        f"an output of the model has shape {tuple(out.shape)} for {images.shape[0]} images; outputs "
-                        "must have one entry an image in their first dimension"
-                    )
-            parts.append(outputs)
-    return [torch.cat(same) for same in zip(*parts, strict=True)]
 
 
 def untrained(model: nn.Module) -> bool:
@@ -398,7 +322,7 @@ class _Judge:
 
     def __init__(self, group: Group, model: nn.Module, images: Tensor) -> None:
         self.model = model
-        self.eager_errors: dict[str, float] = {}
+        self.eager_errors: dict[str, Error] = {}
         with torch.no_grad():
             outputs = reference_outputs(model, images[: group.batch].to(group.device))
             values = sum(out.numel() for out in outputs)
@@ -406,29 +330,31 @@ class _Judge:
             self.extra = extra.to(group.device)
             more = reference_outputs(model, self.extra) if len(extra) else [out[:0] for out in outputs]
         self.outputs, self.more = outputs, more
-        self.scales = [max(_largest(out), _largest(other)) for out, other in zip(outputs, more, strict=True)]
+        self.scales = [max(largest_of(out), largest_of(other)) for out, other in zip(outputs, more, strict=True)]
 
     def accepts(self, found: _Contestant) -> bool:
         """Fills in the errors; whether the row may be timed. The first provider of a dtype is eager."""
         row = found.row
-        row.error = self._error(found.outputs, self.outputs)
+        error = self._error(found.outputs, self.outputs)
         if row.dtype not in self.eager_errors:
-            self.eager_errors[row.dtype] = max(row.error, self._extra_error(DTYPES[row.dtype]))
+            self.eager_errors[row.dtype] = error.or_worse(self._extra_error(DTYPES[row.dtype]))
         elif found.provider is CHANNELS_LAST:  # PyTorch sums in another order there, as it does for ours on the CPU
-            self.eager_errors[row.dtype] = max(self.eager_errors[row.dtype], row.error)
-        row.eager_error = self.eager_errors[row.dtype]
-        row.status = gate(row.error, row.eager_error, row.dtype, found.provider.ours)
+            self.eager_errors[row.dtype] = error.or_worse(self.eager_errors[row.dtype])
+        eager = self.eager_errors[row.dtype]
+        row.error, row.eager_error = error.rms, eager.rms
+        row.status = gate(error, eager, row.dtype, found.provider.ours)
         return row.status == OK
 
-    def _error(self, outputs: list[Tensor], exact: list[Tensor]) -> float:
+    def _error(self, outputs: list[Tensor], exact: list[Tensor]) -> Error:
         if len(outputs) != len(exact):
-            return float("inf")
-        return max(relative_error(*each) for each in zip(outputs, exact, self.scales, strict=True))
+            return UNUSABLE
+        found = (relative_error(*each) for each in zip(outputs, exact, self.scales, strict=True))
+        return functools.reduce(Error.or_worse, found, EXACT)
 
-    def _extra_error(self, dtype: torch.dtype) -> float:
+    def _extra_error(self, dtype: torch.dtype) -> Error:
         """Eager's error on the images beyond the batch."""
         if not len(self.extra):
-            return 0.0
+            return EXACT
         outputs = tensors_of(copy.deepcopy(self.model).to(dtype)(self.extra.to(dtype)))
         return self._error(outputs, self.more)
 
@@ -467,53 +393,3 @@ def fill_times(row: Row, samples: list[Sample]) -> None:
             row.tflops = 2 * row.infer_gmacs * row.infer_samples_per_sec / 1e3
     host = [sample.host for sample in samples if sample.host is not None]
     row.host_time = percentiles(host).p50 * 1e3 if host else None
-
-
-FASTER, EQUAL, SLOWER, NOT_MEASURED = "faster", "equal", "slower", "not measured"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer of one batch and dtype.
-
-    Args:
-        outcome: :data:`FASTER` than every peer, :data:`EQUAL` to the best (the spreads from p20 to p80 overlap),
-            :data:`SLOWER` than one, :data:`.results.WRONG`, or :data:`NOT_MEASURED`.
-        text: the same in words.
-    """
-
-    batch: int | None
-    dtype: str
-    outcome: str
-    text: str
-
-
-def verdict(rows: Sequence[Row]) -> Verdict:
-    """Compares the fastest of our rows with every peer. All rows have one model, batch and dtype."""
-    names = {p.name for device in ("cpu", "cuda") for p in providers_on(device) if p.ours}
-    mine, peers = ([row for row in rows if (row.provider in names) == own] for own in (True, False))
-    batch, dtype = rows[0].infer_batch_size, rows[0].dtype
-    wrong = [row for row in mine if row.status.startswith(WRONG)]
-    if wrong:
-        return Verdict(batch, dtype, WRONG, "; ".join(f"{r.provider}{r.status.removeprefix(WRONG)}" for r in wrong))
-    timed = [row for row in mine if row.infer_step_time is not None]
-    rivals = [row for row in peers if row.infer_step_time is not None]
-    if not timed or not rivals:
-        reasons = dict.fromkeys(row.status for row in (peers if timed else mine) if row.status != OK)
-        return Verdict(batch, dtype, NOT_MEASURED, "; ".join(reasons) or "no provider to compare with")
-    best = min(timed, key=lambda row: row.infer_step_time or 0.0)
-    answers = [_against(best, peer) for peer in rivals]
-    outcomes = [outcome for outcome, _ in answers]
-    outcome = SLOWER if SLOWER in outcomes else EQUAL if EQUAL in outcomes else FASTER
-    return Verdict(batch, dtype, outcome, f"{best.provider}: {', '.join(text for _, text in answers)}")
-
-
-def _against(ours: Row, peer: Row) -> tuple[str, str]:
-    assert ours.infer_step_time and peer.infer_step_time and ours.step_time_p20 and peer.step_time_p20
-    assert ours.step_time_p80 and peer.step_time_p80
-    ratio = peer.infer_step_time / ours.infer_step_time
-    if ours.step_time_p80 < peer.step_time_p20:
-        return FASTER, f"{ratio:.2f}x faster than {peer.provider}"
-    if ours.step_time_p20 > peer.step_time_p80:
-        return SLOWER, f"slower than {peer.provider} ({ratio:.2f}x its speed)"
-    return EQUAL, f"equal to {peer.provider} ({ratio:.2f}x, p20-p80 overlap)"

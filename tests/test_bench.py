@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 from bench import RESULTS, groups, layers, plots, report
 from bench.conftest import Lab
 from bench.gpu.suite import BESIDE
-from resnet_triton import compare, providers, results, tables, timing
+from resnet_triton import compare, errors, providers, results, tables, timing
 from resnet_triton.compare import Group
 from resnet_triton.kernels.config import KERNELS
 from resnet_triton.results import NO_CUDA, Row
@@ -70,7 +70,7 @@ def test_a_wrong_provider_gets_no_speed_and_fails_and_the_others_are_measured(tm
     assert not (tmp_path / "cpu" / "latest.json").exists()
     by_name = {(row.provider, row.device): row for row in rows}
     wrong = by_name["ours planted", "cpu"]
-    assert wrong.status.startswith("WRONG: error")
+    assert wrong.status.startswith("WRONG: RMS error")
     assert wrong.samples == [] and wrong.infer_samples_per_sec is None and wrong.speedup is None
     for name in ("eager", "eager channels_last", "ours", "ours folded", "greedy"):
         assert by_name[name, "cpu"].status == "ok" and by_name[name, "cpu"].rounds >= 3
@@ -121,14 +121,28 @@ def test_the_bench_refuses_interpreter_and_workers(tmp_path):
     ],
 )
 def test_gate(error, eager, dtype, ours, right):
-    assert compare.gate(error, eager, dtype, ours).startswith("ok" if right else "WRONG")
+    found = errors.gate(errors.Error(error, error), errors.Error(eager, eager), dtype, ours)
+    assert found.startswith("ok" if right else "WRONG")
+
+
+def test_gate_of_one_value_among_many():
+    """What the root mean square hides, the largest error shows."""
+    exact = torch.ones(1_000_000, dtype=torch.float64)
+    eager = errors.relative_error(exact + 1e-6, exact)
+    wrong = exact + 1e-6
+    wrong[7] += 4e-6
+    assert errors.relative_error(wrong, exact).rms < 1.1 * eager.rms
+    assert errors.gate(errors.relative_error(wrong, exact), eager, "float32", True).startswith("WRONG: largest error")
+    assert errors.gate(errors.relative_error(exact + 1.9e-6, exact), eager, "float32", True) == "ok"
 
 
 def test_relative_error():
     exact = torch.tensor([[1.0, -4.0]], dtype=torch.float64)
-    assert compare.relative_error(exact.float() + 0.5, exact) == 0.125
-    assert compare.relative_error(exact.float() * float("nan"), exact) == float("inf")
-    assert compare.relative_error(exact.float()[:, :1], exact) == float("inf")
+    assert errors.relative_error(exact.float() + 0.5, exact) == (0.125, 0.125)
+    assert errors.relative_error(torch.tensor([[1.0, -3.0]]), exact) == (0.5**0.5 / 4, 0.25)
+    assert errors.relative_error(exact.float() * float("nan"), exact) == errors.UNUSABLE
+    assert errors.relative_error(exact.float()[:, :1], exact) == errors.UNUSABLE
+    assert errors.relative_error(exact.float(), exact) == errors.EXACT
 
 
 def test_calls_are_interleaved_and_the_first_one_rotates():

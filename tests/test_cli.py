@@ -250,7 +250,7 @@ def test_verify_finds_a_wrong_output(monkeypatch, capsys):
     assert main(["verify", *SMALL, "--json"]) == 1
     facts = json.loads(capsys.readouterr().out)
     assert [row["status"] == "ok" for row in facts["rows"]] == [True, False, True]
-    assert facts["rows"][1]["status"].startswith(f"{WRONG}: error")
+    assert facts["rows"][1]["status"].startswith(f"{WRONG}: RMS error")
     assert facts["top1_changed"] == ["image 1"]
     assert facts["rows"][1]["top1_eager"] == 0.75
     assert main(["verify", *SMALL]) == 1

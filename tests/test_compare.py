@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import cli, compare, graphs, providers, results
-from resnet_triton.compare import EQUAL, FASTER, NOT_MEASURED, SLOWER, Group
+from resnet_triton.compare import Group
 from resnet_triton.convert import is_converted
+from resnet_triton.errors import tensors_of
 from resnet_triton.providers import Provider
 from resnet_triton.results import OK, WRONG, Row
 from resnet_triton.timing import Sample
+from resnet_triton.verdict import EQUAL, FASTER, NOT_MEASURED, SLOWER, verdict
 from tests.comparers import identical
 
 
@@ -158,7 +160,7 @@ def test_few_values_are_judged_by_more_images(compete):
         rounded = model.bfloat16()(images.bfloat16()).double()
     exact = torch.cat([lucky.outputs[0], lucky.more[0]])
     deviation = (rounded - exact)[1:].square().mean().sqrt().item()
-    assert lucky._extra_error(torch.bfloat16) == deviation / exact.abs().max().item()
+    assert lucky._extra_error(torch.bfloat16).rms == pytest.approx(deviation / exact.abs().max().item(), rel=1e-12)
 
 
 def test_one_tiny_image_has_no_bn_statistics():
@@ -183,7 +185,7 @@ def test_every_output_is_checked(compete):
     compete(provider("eager"), provider("ours", ours=True, change=lambda out: out["low"]))
     assert measure(Pyramid().eval())[1].status.startswith(WRONG)
     with pytest.raises(ValueError, match="must return floating-point tensors"):
-        compare.tensors_of({"index": torch.zeros(1, dtype=torch.long)})
+        tensors_of({"index": torch.zeros(1, dtype=torch.long)})
 
     class Scalar(Tiny):
         def forward(self, x: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def row(name: str, ms: float | None, status: str = OK, spread: float = 0.05) -> 
     ],
 )
 def test_verdicts(rows, outcome, text):
-    found = compare.verdict(rows)
+    found = verdict(rows)
     assert (found.batch, found.dtype, found.outcome) == (4, "float32", outcome)
     assert text is None or found.text == text
 
@@ -296,7 +298,7 @@ def test_exit_codes(bench, compete):
 
     compete(provider("eager", 1.0), provider("ours", 0.1, ours=True, change=lambda out: 1.01 * out))
     code, out, _ = bench()
-    assert code == 1 and "float32: WRONG: ours: error" in out
+    assert code == 1 and "float32: WRONG: ours: RMS error" in out
     (line,) = (line for line in out.splitlines() if "  ours  " in line)
     assert line.split("ours")[1].strip().startswith("WRONG") and "faster" not in out
 

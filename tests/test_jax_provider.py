@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet_triton import cli, compare, jax_provider, providers
+from resnet_triton import cli, compare, errors, jax_provider, providers
 from resnet_triton.compare import Group
 from resnet_triton.providers import DTYPES, Provider, Unavailable
 from resnet_triton.results import OK
@@ -34,15 +34,15 @@ def checked(model: nn.Module, x: Tensor, dtype: str = "float32") -> list[Tensor]
     """JAX's outputs, after they passed the gate of the comparison."""
     pytest.importorskip("jax")
     model = model.float().eval()
-    exact = compare.reference_outputs(model, x.float())
+    exact = errors.reference_outputs(model, x.float())
     with torch.no_grad():
         outputs = jax_provider.build(model, x.float(), DTYPES[dtype])()
-        eager = compare.tensors_of(copy.deepcopy(model).to(DTYPES[dtype])(x.to(DTYPES[dtype])))
+        eager = errors.tensors_of(copy.deepcopy(model).to(DTYPES[dtype])(x.to(DTYPES[dtype])))
     assert len(outputs) == len(exact)
     for out, theirs, reference in zip(outputs, eager, exact, strict=True):
         assert out.dtype == DTYPES[dtype]
-        errors = (compare.relative_error(each, reference) for each in (out, theirs))
-        assert compare.gate(*errors, dtype, False) == OK
+        found = (errors.relative_error(each, reference) for each in (out, theirs))
+        assert errors.gate(*found, dtype, False) == OK
     return outputs
 
 

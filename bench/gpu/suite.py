@@ -19,7 +19,12 @@ from .rows import ROOT, child_env, end
 
 DRY = "dry-run"  # instead of a device's name
 #: Modules of the package that compare, print and draw: a change of theirs changes no result of the checks.
-BESIDE = {"compare.py", "jax_provider.py", "plot.py", "providers.py", "results.py", "tables.py", "timing.py"}
+BESIDE = {
+    f"{name}.py"
+    for name in (
+        "compare", "errors", "jax_provider", "plot", "providers", "results", "tables", "timing", "verdict",
+    )
+}  # fmt: skip
 
 
 @dataclass

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from .. import compare
 from ..backend import dot_precision
-from ..compare import NOT_MEASURED, SLOWER, Group, Verdict, Watch
+from ..compare import Group, Watch
 from ..convert import convert, is_converted, unconvert
+from ..errors import tensors_of
 from ..providers import absent_on, providers_on
 from ..results import FAILED, WRITERS, WRONG, Row, environment, write
 from ..sources import load_model
 from ..tables import LEGEND, MODEL_COLUMNS, busy, cells, conditions, plain
+from ..verdict import NOT_MEASURED, SLOWER, Verdict, verdict
 from .common import (
     DTYPES,
     channels_of,
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             seconds = 60 * args.minutes / len(args.batch)
             group = Group(device, args.model, batch, height, tuple(dict.fromkeys(dtypes)), seconds, left_out)
             found = list(compare.measure(group, model, images, watch=watch).values())
-            verdicts += [compare.verdict([row for row in found if row.dtype == dtype]) for dtype in group.dtypes]
+            verdicts += [verdict([row for row in found if row.dtype == dtype]) for dtype in group.dtypes]
             rows += found
             if output:  # now: the next batch may be interrupted
                 write(output, rows, env)
@@ -98,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
     return _exit_code(rows, verdicts)
 
 
-def _line(verdict: Verdict) -> str:
-    return f"batch {verdict.batch}, {verdict.dtype}: {verdict.outcome}: {verdict.text}"
+def _line(answer: Verdict) -> str:
+    return f"batch {answer.batch}, {answer.dtype}: {answer.outcome}: {answer.text}"
 
 
 def _exit_code(rows: list[Row], verdicts: list[Verdict]) -> int:
-    outcomes = {verdict.outcome for verdict in verdicts}
+    outcomes = {answer.outcome for answer in verdicts}
     ours_failed = any(row.status.startswith(FAILED) and row.provider.startswith("ours") for row in rows)
     if outcomes & {SLOWER, WRONG} or (NOT_MEASURED in outcomes and ours_failed):
         return 1
@@ -161,7 +163,7 @@ def _images(count: int, channels: int, height: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
-    return compare.tensors_of(model(image))
+    return tensors_of(model(image))
 
 
 class _Progress(Watch):

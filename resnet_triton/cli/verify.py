@@ -19,18 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import dot_precision
-from ..compare import (
-    ENOUGH_VALUES,
-    EXTRA_IMAGES,
-    OURS_LIMIT,
-    calibrate,
-    gate,
-    is_out_of_memory,
-    tensors_of,
-)
+from ..compare import ENOUGH_VALUES, EXTRA_IMAGES, calibrate, is_out_of_memory
 from ..convert import convert
+from ..errors import EXACT, OURS_LIMIT, UNUSABLE, Deviation, Error, gate, largest_of, tensors_of
 from ..fold import fold
-from ..results import FAILED, OK, WRONG
+from ..results import FAILED, OK
 from ..sources import load_model
 from . import image_files
 from .common import (
@@ -52,8 +45,6 @@ EXAMPLE = "resnet-triton verify --model timm:resnet50 --weights resnet50.safeten
 EAGER, OURS, FOLDED = "eager", "ours", "ours folded"
 LIMIT = 64  # images of a folder
 CROPS = 16  # of the images that need no folder
-#: The largest error is a matter of luck: it may be this many times as much again as the root mean square.
-WORST = 2.0
 SHOWN = 5  # images named whose top-1 differs
 
 Images = list[tuple[str, Callable[[], Tensor]]]  # name, and what reads it
@@ -203,7 +194,7 @@ class Comparison:
             )
         if not all(t.isfinite().all() for t in exact):
             raise ValueError("the original model's float64 outputs are not finite; check its weights")
-        largest = [t.abs().max().item() if t.numel() else 0.0 for t in exact]
+        largest = [largest_of(t) for t in exact]
         self.scales = [max(pair) for pair in zip(self.scales or largest, largest, strict=True)]
         return exact
 
@@ -241,62 +232,34 @@ class Comparison:
         Raises:
             ValueError: the original itself cannot hold the outputs in this dtype.
         """
-        eager = self._errors(EAGER)
-        if math.isinf(eager[1]):
+        eager = self._error(EAGER)
+        if eager == UNUSABLE:
             raise ValueError(f"the original model overflows in {self.dtype}: nothing to compare with; use bf16 or fp32")
         return [self._row(name, eager) for name in (EAGER, OURS, FOLDED)]
 
-    def _errors(self, name: str) -> tuple[float, float]:
-        """Root mean square and largest deviation, of the worst output tensor, relative to its largest value."""
-        pairs = list(zip(self.deviations[name], self.scales, strict=True))
-        return max(_over(d.rms, scale) for d, scale in pairs), max(_over(d.largest, scale) for d, scale in pairs)
+    def _error(self, name: str) -> Error:
+        """Of the worst output tensor."""
+        pairs = zip(self.deviations[name], self.scales, strict=True)
+        return functools.reduce(Error.or_worse, (found.over(scale) for found, scale in pairs), EXACT)
 
-    def _row(self, name: str, eager: tuple[float, float]) -> dict[str, Any]:
-        status, rms, largest = self.failures.get(name, OK), math.inf, math.inf
+    def _row(self, name: str, eager: Error) -> dict[str, Any]:
+        status, error = self.failures.get(name, OK), UNUSABLE
         if status == OK:
-            rms, largest = self._errors(name)
+            error = self._error(name)
             tf32 = self.device.type == "cuda" and self.dtype == torch.float32 and dot_precision(self.dtype) == "tf32"
             dtype = "tf32" if tf32 else str(self.dtype).removeprefix("torch.")
-            status = gate(rms, eager[0], dtype, True)
-            if status == OK and gate(largest / WORST, eager[1], dtype, True) != OK:
-                status = (
-                    f"{WRONG}: largest error {largest:.1e}, eager {eager[1]:.1e}, allowed: {OURS_LIMIT * WORST:g} times"
-                )
+            status = gate(error, eager, dtype, True)
         shares = [count / self.images for count in self.agreed[name]]
-        known = math.isfinite(largest)
+        known = error != UNUSABLE
         return {
             "name": name,
-            "rms_error": rms if known else None,
-            "rms_error_ratio": rms / eager[0] if known and eager[0] else None,
-            "largest_error": largest if known else None,
+            "rms_error": error.rms if known else None,
+            "rms_error_ratio": error.rms / eager.rms if known and eager.rms else None,
+            "largest_error": error.largest if known else None,
             "top1_float64": shares[0] if self.has_top1 and known else None,
             "top1_eager": shares[1] if self.has_top1 and known else None,
             "status": status,
         }
-
-
-class Deviation:
-    """Root mean square and largest of numbers that come in parts; infinite once there was a NaN."""
-
-    def __init__(self) -> None:
-        self.squares, self.count, self.largest = 0.0, 0, 0.0
-
-    def add(self, difference: Tensor) -> None:
-        """Takes in the numbers of a tensor."""
-        if difference.numel():
-            largest = difference.abs().max().item()
-            self.largest = max(self.largest, math.inf if math.isnan(largest) else largest)
-            self.squares += difference.square().sum().item()
-            self.count += difference.numel()
-
-    @property
-    def rms(self) -> float:
-        """Root mean square."""
-        return math.inf if math.isinf(self.largest) else math.sqrt(self.squares / max(self.count, 1))
-
-
-def _over(deviation: float, scale: float) -> float:
-    return deviation / scale if scale else math.inf if deviation else 0.0
 
 
 def _text(facts: dict[str, Any]) -> str:
