@@ -12,7 +12,11 @@ from .geometry import ConvShape, cdiv
 
 #: Fewer tiles than this leave more than half of a large GPU's multiprocessors idle.
 FEW_TILES = 66
-KERNELS = ("conv_tma", "conv1x1", "conv_pointer")
+#: Kernels of one convolution, and those of several.
+KERNELS = ("conv_tma", "conv1x1", "conv_pointer", "conv_rolling")
+CHAIN_KERNELS = ("conv_chain", "chain_rolling")
+#: Kernels whose program walks down a strip of rows: the box is ``(images, rows of the strip, columns)``.
+ROLLING_KERNELS = ("conv_rolling", "chain_rolling")
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,14 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Tiling of one convolution kernel.
+    """Tiling of one convolution kernel, or of one chain of convolutions.
 
     Args:
-        kernel: one of :data:`KERNELS`.
+        kernel: one of :data:`KERNELS` or :data:`CHAIN_KERNELS`.
         box: output pixels of a tile as ``(images, rows, columns)``; ``BM`` is their product. ``conv1x1`` and
-            ``conv_pointer`` see the pixels as one row and use ``(1, 1, BM)``.
-        bn: output channels of a tile.
+            ``conv_pointer`` see the pixels as one row and use ``(1, 1, BM)``. A program of a rolling kernel walks down
+            ``rows``, any number of them, one row of tiles at a time: there ``BM`` is ``images * columns``.
+        bn: output channels of a tile; of a chain, the expanded channels that are in work at a time.
         bk: channels of one step of the reduction.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         persistent: programs per multiprocessor that walk over the tiles (``conv1x1`` only); 0 is one program a tile.
@@ -57,8 +62,8 @@ class ConvConfig:
     persistent: int = 0
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel={self.kernel!r} is unknown; allowed: {', '.join(KERNELS)}")
+        if self.kernel not in KERNELS + CHAIN_KERNELS:
+            raise ValueError(f"kernel={self.kernel!r} is unknown; allowed: {', '.join(KERNELS + CHAIN_KERNELS)}")
         box = tuple(self.box)
         if len(box) != 3 or not all(isinstance(side, int) and side > 0 for side in box):
             raise ValueError(f"box={self.box!r} must be (images, rows, columns), positive ints")
@@ -78,7 +83,8 @@ class ConvConfig:
     @property
     def bm(self) -> int:
         """Rows of the tile."""
-        return self.box[0] * self.box[1] * self.box[2]
+        images, rows, columns = self.box
+        return images * columns if self.kernel in ROLLING_KERNELS else images * rows * columns
 
     def to_dict(self) -> dict:
         """A JSON-ready dict; :meth:`from_dict` is its inverse."""
@@ -95,7 +101,7 @@ class ConvConfig:
         return cls(**{**data, "box": tuple(data["box"])})
 
     def __str__(self) -> str:
-        box = "x".join(map(str, self.box)) if self.kernel == "conv_tma" else str(self.bm)
+        box = str(self.bm) if self.kernel in ("conv1x1", "conv_pointer") else "x".join(map(str, self.box))
         persistent = f" p{self.persistent}" if self.persistent else ""
         return f"{box} n{self.bn} k{self.bk} w{self.warps} s{self.stages}{persistent}"
 
@@ -114,6 +120,8 @@ def runs_on(config: ConvConfig, shape: ConvShape, itemsize: int) -> bool:
     """Whether a configuration's kernel can compute this convolution at all."""
     if config.kernel == "conv_pointer":
         return True
+    if config.kernel not in KERNELS:
+        return False
     # no side of a TMA box may exceed 256
     if not tma_describable(shape, itemsize) or max(*config.box, config.bn, config.bk) > 256:
         return False
