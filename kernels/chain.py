@@ -48,6 +48,15 @@ def chain_configs(shape: ChainShape, itemsize: int) -> list[ConvConfig]:
     return [*chain_rolling_configs(shape, itemsize), *conv_chain_configs(shape, itemsize)]
 
 
+def chain_shared_bytes(config: ConvConfig, shape: ChainShape, itemsize: int) -> int:
+    """Shared memory of a program in bytes, at least what the compiled one needs."""
+    from .chain_rolling import chain_rolling_shared_bytes
+    from .conv_chain import conv_chain_shared_bytes
+
+    count = chain_rolling_shared_bytes if config.kernel == "chain_rolling" else conv_chain_shared_bytes
+    return count(config, shape, itemsize)
+
+
 def launch_chain(
     t: torch.Tensor,
     shortcut: torch.Tensor,

@@ -10,6 +10,7 @@ import torch
 
 BACKENDS = ("auto", "triton", "cudnn")
 _current = "auto"
+_chains = True
 
 
 def current_backend() -> str:
@@ -17,26 +18,32 @@ def current_backend() -> str:
     return _current
 
 
+def chains_allowed() -> bool:
+    """Whether several convolutions may share a kernel."""
+    return _chains and _current != "cudnn"
+
+
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, *, chains: bool = True) -> Iterator[None]:
     """Within the block, every op of this process uses one backend.
 
     Args:
         name: ``"auto"`` picks per layer (the default), ``"triton"`` always runs this package's kernels (CPU tensors
             need ``TRITON_INTERPRET=1``), ``"cudnn"`` always runs PyTorch's own operators.
+        chains: whether several convolutions may share a kernel where that is predicted or measured to be faster.
 
     Raises:
         ValueError: for another name.
     """
-    global _current
+    global _current, _chains
     if name not in BACKENDS:
         raise ValueError(f"use_backend got name={name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
-    before = _current
-    _current = name
+    before = _current, _chains
+    _current, _chains = name, chains
     try:
         yield
     finally:
-        _current = before
+        _current, _chains = before
 
 
 def dot_precision(dtype: torch.dtype) -> str:

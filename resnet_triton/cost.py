@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .devices import Target
-from .kernels.config import ConvConfig, Epilogue, runs_on
-from .kernels.geometry import ConvShape, cdiv
+from .kernels.config import ROLLING_KERNELS, ConvConfig, Epilogue, runs_on
+from .kernels.geometry import ChainShape, ConvShape, cdiv
 
 LAUNCH_US = 2.0  # start and drain of one kernel
 LIBRARY_EFFICIENCY = 0.85  # share of the matrix rate that a library's convolution reaches, an estimate
@@ -23,6 +23,10 @@ POINTER_INSTRUCTIONS = 260
 EPILOGUE_INSTRUCTIONS = 300
 EPILOGUE_PER_VALUE = 2.5
 RESIDUAL_PER_VALUE = 2.5
+# Of a chain: one product of the 3x3, and one step of the pointwise loop besides its values.
+CHAIN_PRODUCT = 40
+CHAIN_INSTRUCTIONS = 200
+CHAIN_PER_VALUE = 8
 BARRIERS = 256  # bytes of shared memory for barriers
 
 
@@ -73,6 +77,48 @@ def predict(
         l2=tiles * (depth * (bm + bn) + bm * bn * epilogue.residual) * size / target.l2_tb_s / 1e6,
         shared=waves * depth * size * (2 * bm + bn + cdiv(bm, 64) * bn) / 128 / cycles,
         tensor=waves * 2 * bm * bn * depth / target.tflops(dtype, precision) / 1e6,
+        issue=waves * instructions * config.warps / 4 / cycles,
+    )
+
+
+def predict_chain(
+    shape: ChainShape, config: ConvConfig, dtype: torch.dtype, precision: str, target: Target
+) -> Prediction:
+    """Prices a chain: one program per box of pixels, which reads all of its weights and keeps the rest on chip."""
+    size, bm, bn = dtype.itemsize, config.bm, config.bn
+    tn, th, tw = config.box
+    expand, rolling = shape.expand, config.kernel in ROLLING_KERNELS
+    programs = cdiv(expand.n, tn) * cdiv(expand.p, th) * cdiv(expand.q, tw)
+    tiles = th if rolling else 1  # of BM pixels that a program computes, one after another
+    loaded, filters, steps = bm * tiles * expand.c, 0, 0  # elements of the first input, weights and steps of the 3x3
+    if shape.conv is not None:
+        c, taps = shape.conv.c, shape.conv.r * shape.conv.s
+        rows = tiles + 2 if rolling else 1  # two more than are stored
+        loaded = bm * c * (3 * rows if rolling else taps)
+        filters = shape.conv.weights
+        steps = rows * taps * cdiv(c, config.bk)
+    pointwise = sum(conv.weights for conv in (expand, shape.project, shape.reduce) if conv is not None)
+    added = bm * tiles * expand.k
+    if shape.project is not None:
+        added = bm * tiles * shape.project.c * cdiv(expand.k, bn)
+    staged = bm * tiles * (expand.k + (shape.reduce.k if shape.reduce else 0))
+    conv_tiles = (tiles + 2 if rolling else 1) if filters else 0
+    macs = bm * (conv_tiles * filters + tiles * pointwise)
+    waves = cdiv(programs, target.multiprocessors) * target.multiprocessors
+    cycles = target.multiprocessors * target.clock_ghz * 1e3
+    values = bm * bn / (32 * config.warps)
+    columns = tiles * cdiv(expand.k, bn)  # steps of the pointwise loop
+    per_column = CHAIN_INSTRUCTIONS + values * CHAIN_PER_VALUE
+    if shape.project is not None:
+        per_column += CHAIN_PRODUCT * cdiv(shape.project.c, config.bk) + values
+    instructions = steps * CHAIN_PRODUCT + columns * per_column + EPILOGUE_INSTRUCTIONS * tiles
+    # every operand is written to shared memory once; weights are read by each group of 64 pixels
+    through = 2 * (loaded + added) + staged + (1 + bm / 64) * (filters * conv_tiles + pointwise * tiles)
+    return Prediction(
+        hbm=shape.bytes_moved(size) / target.hbm_tb_s / 1e6,
+        l2=programs * (loaded + filters + tiles * pointwise + added) * size / target.l2_tb_s / 1e6,
+        shared=waves * through * size / 128 / cycles,
+        tensor=waves * 2 * macs / target.tflops(dtype, precision) / 1e6,
         issue=waves * instructions * config.warps / 4 / cycles,
     )
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,10 +158,20 @@ def choose_conv(
     return choice
 
 
+#: Called when choices have to be made anew.
+CLEARED: list[Callable[[], None]] = []
+
+
 def forget() -> None:
     """Reads tuned files and chooses anew from here on."""
     tuning.forget()
+    _clear()
+
+
+def _clear() -> None:
     _choose_conv.cache_clear()
+    for clear in CLEARED:
+        clear()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -290,7 +300,7 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _quiet = before
-        _choose_conv.cache_clear()
+        _clear()
 
 
 def _warn_once(kind: str, target: Target, text: str) -> None:
