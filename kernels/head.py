@@ -47,7 +47,7 @@ def launch_head(
     """Launches :func:`.pool.global_avg_pool` and then ``conv1x1`` or ``conv_pointer``, as ``config`` says.
 
     Args:
-        x: ``[N,H,W,C]`` dense.
+        x: ``[N,H,W,C]`` dense; of one pixel, it is the average itself.
         weight: ``[K,C]`` dense, dtype of ``pooled``.
         bias: ``[K]`` of any float dtype, or None.
         pooled: ``[N,C]`` dense, written.
@@ -56,7 +56,10 @@ def launch_head(
     (n, c), k = pooled.shape, weight.shape[0]
     if n == 0:
         return
-    launch_global_avg_pool(x, pooled)
+    if x.shape[1] == x.shape[2] == 1:  # pooled already
+        pooled = x.view(n, c)
+    else:
+        launch_global_avg_pool(x, pooled)
     operands = Operands(bias=bias)
     if config.kernel == "conv1x1":
         launch_conv1x1(pooled, weight, logits, operands, config, precision)

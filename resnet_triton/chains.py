@@ -50,7 +50,7 @@ class Tail:
         """Shape and epilogue of each convolution that is present, by name."""
         shapes = (self.last, self.conv, self.project, self.reduce)
         named = zip(("last", "conv", "project", "reduce"), shapes, self.epilogues, strict=True)
-        return {name: (shape, epilogue) for name, shape, epilogue in named if shape is not None and epilogue is not None}
+        return {name: (shape, epilogue) for name, shape, epilogue in named if shape and epilogue}
 
 
 @dataclass(frozen=True)

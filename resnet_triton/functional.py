@@ -98,8 +98,12 @@ def block_tail(
     *,
     downsample: ConvBN | None = None,
     next: ConvBN | None = None,
+    subsample: int = 1,
+    pool: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What follows a residual block's first convolution, and optionally the next block's first convolution.
+
+    Where it is predicted or measured to be faster, several of these convolutions run as one kernel.
 
     Args:
         t: output of the block's first convolution, after BN and ReLU.
@@ -107,17 +111,22 @@ def block_tail(
         conv2, conv3: the remaining convolutions (``conv3`` None for a basic block).
         downsample: projection shortcut, or None for identity.
         next: the next block's first convolution, or None.
+        subsample: return ``y[:, :, ::subsample, ::subsample]``, all that a next projection shortcut of that stride
+            reads (``next`` still sees every pixel).
+        pool: return the average of y over the image, ``[N, K, 1, 1]``; neither with ``next`` nor with ``subsample``.
 
     Returns:
         ``(y, t_next)``: the block's output and ``relu(bn(conv(y)))`` of ``next`` (None without it).
     """
     t, shortcut, groups, eps, geometry = _operands(t, shortcut, (conv2, conv3, downsample, next))
-    if torch.is_grad_enabled() and _differentiating((t, shortcut, *chain(*groups))):
+    if _differentiating((t, shortcut, *chain(*groups))):  # the backward needs all of y
         first, second, *rest = _distinct((t, shortcut, *chain(*groups)))
-        out = autograd.BlockTail.apply(first, second, [len(g) for g in groups], eps, geometry, *rest)
+        y, *after = autograd.BlockTail.apply(first, second, [len(g) for g in groups], eps, geometry, *rest)
+        y = y[:, :, ::subsample, ::subsample] if subsample > 1 else y
+        y = y.mean((2, 3), keepdim=True) if pool else y
     else:
-        out = ops.block_tail.default(t, shortcut, *groups, eps, geometry)
-    return out[0], (out[1] if next is not None else None)
+        y, *after = ops.block_tail.default(t, shortcut, *groups, eps, geometry, subsample, pool)
+    return y, (after[0] if next is not None else None)
 
 
 def bottleneck(x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, *, downsample: ConvBN | None = None) -> Tensor:

@@ -112,8 +112,9 @@ class FromUint8(nn.Module):
         u = fused.unit(children[0][1], children[1][1])
         normalize: Any = (self.mean, self.std)
         x = functional.stem(x, u.weight, *u.vectors, normalize=normalize, eps=u.eps)
-        x = fused.run_trunk(children[4:], x)[""]
-        return model.forward_head(x) if hasattr(model, "forward_head") else fused.run_head(model, x)
+        if hasattr(model, "forward_head"):  # timm's
+            return model.forward_head(fused.run_trunk(children[4:], x)[""])
+        return fused.run_classifier(model, children[4:], x)
 
     def extra_repr(self) -> str:
         """Layout, mean and std."""

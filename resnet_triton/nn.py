@@ -81,12 +81,17 @@ def _apply(x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = No
 
 
 class Block(NamedTuple):
-    """What runs of a fusable block: its units, and its projection shortcut behind ``before``."""
+    """What runs of a fusable block: its units, and its projection shortcut behind ``before``.
+
+    ``strided`` is the step at which the shortcut reads the block's input, 1 where the first convolution may not be
+    computed ahead of the rest.
+    """
 
     first: ConvBN
     rest: list[ConvBN]
     before: tuple[nn.Module, ...]
     project: ConvBN | None
+    strided: int
 
 
 def _read(block: Converted) -> Block:
@@ -94,8 +99,11 @@ def _read(block: Converted) -> Block:
     first, *rest = [unit(*u.read(block)[:2]) for u in spec.units]
     parts = projection(getattr(block, spec.shortcut))
     if parts is None:
-        return Block(first, rest, (), None)
-    return Block(first, rest, parts.before, unit(parts.conv, parts.norm))
+        return Block(first, rest, (), None, 1)
+    project = unit(parts.conv, parts.norm)
+    plain = len(parts.before) == 0 and len(rest) == 2 and first.stride == 1
+    pointwise = all(u.weight.shape[2:] == (1, 1) and u.padding == 0 for u in (first, project))
+    return Block(first, rest, parts.before, project, project.stride if plain and pointwise else 1)
 
 
 def _read_stage(stage: Converted) -> list[Block] | None:
@@ -107,19 +115,30 @@ def _read_stage(stage: Converted) -> list[Block] | None:
 _stage_blocks = Remembered(_read_stage)
 
 
-def run_blocks(blocks: Sequence[Block], x: Tensor) -> Tensor:
-    """Runs blocks one after another; bottlenecks hand their first convolution to the block before them."""
+def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor:
+    """Runs blocks one after another; bottlenecks hand their first convolution to the block before them.
+
+    Between two stages the block before stores only the pixels that the projection shortcut reads, unless gradients may
+    be needed. With ``pool``, only the average of the last output over the image is returned, ``[N, C, 1, 1]``.
+    """
     t = None
-    for i, (first, rest, before, project) in enumerate(blocks):
+    inference = not torch.is_grad_enabled()
+    step = 1  # at which the block before stored x
+    for i, (first, rest, before, project, _) in enumerate(blocks):
         if t is None:
             t = _apply(x, first)
         shortcut = x
         for m in before:
             shortcut = m(shortcut)
-        following = None
-        if i + 1 < len(blocks) and len(blocks[i + 1].rest) == 2:
-            following = blocks[i + 1].first
-        x, t = functional.block_tail(t, shortcut, *rest, downsample=project, next=following)
+        if project is not None and step > 1:
+            project = project._replace(stride=1)
+        last = i + 1 == len(blocks)
+        following, step = None, 1
+        if not last and len(blocks[i + 1].rest) == 2:
+            following, step = blocks[i + 1].first, blocks[i + 1].strided if inference else 1
+        x, t = functional.block_tail(
+            t, shortcut, *rest, downsample=project, next=following, subsample=step, pool=pool and last
+        )
     return x
 
 
@@ -211,16 +230,19 @@ def run_stem(conv: Converted, norm: Converted, act: Converted, x: Tensor, pool: 
     return x if pool is None else pool(x)
 
 
-def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterable[str] = ()) -> dict[str, Tensor]:
+def run_trunk(
+    children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterable[str] = (), pool: bool = False
+) -> dict[str, Tensor]:
     """Runs a ResNet's named children one after another, fusing the stem and whole runs of stages between taps.
 
     Args:
         children: ``(name, module)`` in order, e.g. conv1, bn1, relu, maxpool, layer1 ...
         x: images ``[N, C, H, W]``.
         taps: names whose output the caller wants.
+        pool: the average of the last output over the image will do; it is taken where the last child runs fused.
 
     Returns:
-        The output of each tapped child in order, and of the last child under ``""``.
+        The output of each tapped child in order, and of the last child under ``""`` (``[N, C, 1, 1]`` if pooled).
     """
     outputs: dict[str, Tensor] = {}
     names = tuple(name for name, _ in children)
@@ -249,7 +271,7 @@ def run_trunk(children: Sequence[tuple[str, Converted]], x: Tensor, taps: Iterab
             pending = []
             outputs[name] = x
         i += 1
-    outputs[""] = run_blocks(pending, x)
+    outputs[""] = run_blocks(pending, x, pool)
     return outputs
 
 
@@ -262,14 +284,15 @@ def run_resnet(model: Converted, x: Tensor) -> Tensor:
     """The forward of a converted ResNet: trunk, global average pool, fully connected layer."""
     if "_forward_impl" in model.__dict__:  # replaced on the instance
         return model._eager(x)
-    return run_head(model, run_trunk(trunk_of(model), x)[""])
+    return run_classifier(model, trunk_of(model), x)
 
 
-def run_head(model: Converted, x: Tensor) -> Tensor:
-    """Global average pool and fully connected layer of a converted ResNet of torchvision or this package."""
-    if why_not_head(model) is None:
-        return functional.head(x, model.fc.weight, model.fc.bias)
-    return model.fc(torch.flatten(model.avgpool(x), 1))
+def run_classifier(model: Converted, children: Sequence[tuple[str, Converted]], x: Tensor) -> Tensor:
+    """The last children of a ResNet of torchvision or this package, global average pool and fully connected layer."""
+    if why_not_head(model) is not None:
+        return model.fc(torch.flatten(model.avgpool(run_trunk(children, x)[""]), 1))
+    x = run_trunk(children, x, pool=not torch.is_grad_enabled())[""]
+    return functional.head(x, model.fc.weight, model.fc.bias)
 
 
 def run_layer_getter(getter: Converted, x: Tensor) -> dict[str, Tensor]:

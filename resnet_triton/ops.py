@@ -36,6 +36,7 @@ from .steps import (
     stem_step,
     target_for,
 )
+from .tail import Unit, Units, tail_shapes, tail_step
 
 library = torch.library.Library("resnet_triton", "DEF")
 
@@ -45,7 +46,7 @@ library.define(
 )
 library.define(
     "block_tail(Tensor t, Tensor shortcut, Tensor?[] conv2, Tensor?[] conv3, Tensor?[] downsample, Tensor?[] next, "
-    "float[] eps, int[] geometry) -> Tensor[]"
+    "float[] eps, int[] geometry, int subsample=1, bool pool=False) -> Tensor[]"
 )
 library.define(
     "bottleneck(Tensor x, Tensor?[] conv1, Tensor?[] conv2, Tensor?[] conv3, Tensor?[] downsample, "
@@ -81,7 +82,7 @@ def _fake_conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, re
 
 
 def split_units(units: Sequence[Sequence[Tensor | None]], eps: Sequence[float], geometry: Sequence[int]):
-    """``(weight, vectors, eps, (stride, padding, dilation))`` of each unit, None for an absent one."""
+    """The :class:`.tail.Unit` of each unit, None for an absent one."""
     present = sum(1 for unit in units if unit)
     if len(eps) != present or len(geometry) != 3 * present:
         raise ValueError(
@@ -95,52 +96,43 @@ def split_units(units: Sequence[Sequence[Tensor | None]], eps: Sequence[float], 
             continue
         if len(unit) != len(UNIT) or unit[0] is None:
             raise ValueError(f"a unit is [{', '.join(UNIT)}] with a weight, got {len(unit)} items")
-        parts.append((unit[0], tuple(unit[1:]), eps[i], tuple(geometry[3 * i : 3 * i + 3])))
+        parts.append(Unit(unit[0], tuple(unit[1:]), eps[i], tuple(geometry[3 * i : 3 * i + 3])))  # type: ignore[arg-type]
         i += 1
     return parts
 
 
-def _tail(conv, t, shortcut, conv2, conv3, downsample, next, eps, geometry):
-    """The steps of ``block_tail`` through ``conv(x, weight, vectors, residual, eps, relu, *geometry)``."""
+def _tail_units(conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False) -> Units:
     second, third, project, reduce = split_units((conv2, conv3, downsample, next), eps, geometry)
-
-    def step(x, part, residual=None, relu=True):
-        weight, vectors, unit_eps, unit_geometry = part
-        return conv(x, weight, vectors, residual, unit_eps, relu, *unit_geometry)
-
-    if project is not None:
-        shortcut = step(shortcut, project, relu=False)
-    hidden, last = (t, second) if third is None else (step(t, second), third)
-    y = step(hidden, last, residual=shortcut)
-    return [y] if reduce is None else [y, step(y, reduce)]
+    if subsample < 1 or (pool and (subsample > 1 or reduce is not None)):
+        raise ValueError(
+            f"subsample must be at least 1, and pool comes alone; got subsample={subsample}, pool={pool}, "
+            f"next {'absent' if reduce is None else 'present'}"
+        )
+    return Units(second, None, project, reduce) if third is None else Units(third, second, project, reduce)
 
 
-def _fake_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation):
-    return _fake_conv(x, weight, vectors, residual, stride, padding, dilation)
-
-
-def block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry):
+def block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False):
     """Implementation of ``torch.ops.resnet_triton.block_tail``."""
-    return _tail(conv_step, t, shortcut, conv2, conv3, downsample, next, eps, geometry)
+    units = _tail_units(conv2, conv3, downsample, next, eps, geometry, subsample, pool)
+    return tail_step(t, shortcut, units, subsample, pool)
 
 
-def _fake_block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry):
-    return _tail(_fake_step, t, shortcut, conv2, conv3, downsample, next, eps, geometry)
-
-
-def _whole(conv, x, conv1, conv2, conv3, downsample, eps, geometry):
-    ((weight, vectors, first_eps, first_geometry),) = split_units((conv1,), eps[:1], geometry[:3])
-    t = conv(x, weight, vectors, None, first_eps, True, *first_geometry)
-    return _tail(conv, t, x, conv2, conv3, downsample, [], eps[1:], geometry[3:])[0]
+def _fake_block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False):
+    units = _tail_units(conv2, conv3, downsample, next, eps, geometry, subsample, pool)
+    return tail_shapes(t, shortcut, units, subsample, pool)
 
 
 def bottleneck(x, conv1, conv2, conv3, downsample, eps, geometry):
     """Implementation of ``torch.ops.resnet_triton.bottleneck``."""
-    return _whole(conv_step, x, conv1, conv2, conv3, downsample, eps, geometry)
+    ((weight, vectors, first_eps, first_geometry),) = split_units((conv1,), eps[:1], geometry[:3])
+    t = conv_step(x, weight, vectors, None, first_eps, True, *first_geometry)
+    return tail_step(t, x, _tail_units(conv2, conv3, downsample, [], eps[1:], geometry[3:]))[0]
 
 
 def _fake_bottleneck(x, conv1, conv2, conv3, downsample, eps, geometry):
-    return _whole(_fake_step, x, conv1, conv2, conv3, downsample, eps, geometry)
+    ((weight, vectors, _, first_geometry),) = split_units((conv1,), eps[:1], geometry[:3])
+    t = _fake_conv(x, weight, vectors, None, *first_geometry)
+    return tail_shapes(t, x, _tail_units(conv2, conv3, downsample, [], eps[1:], geometry[3:]))[0]
 
 
 def _check_stem(x, weight, norm_mean, norm_std) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backend, onednn, plan, reference
 from .devices import Target, target_of
 from .kernels.config import Epilogue
-from .kernels.geometry import ConvShape, out_size
+from .kernels.geometry import ChainShape, ConvShape, out_size
 
 UNIT = ("weight", "bias", "gamma", "beta", "mean", "var")
 #: bias, gamma, beta, mean, var
@@ -29,17 +29,19 @@ class Step:
     Args:
         op: what it computes, e.g. ``"conv"`` or ``"max_pool"``.
         weight: the weight whose module names the row, or None.
-        shape, epilogue: of a convolution, else None.
+        shape, epilogue: of a convolution, or the shape of a chain, else None.
         bytes: through device memory, including separate BN, add and ReLU passes where the library runs them.
         choice: how it runs.
+        weight_bytes: the weights' share of ``bytes``.
     """
 
     op: str
     weight: Tensor | None
-    shape: ConvShape | None
+    shape: ConvShape | ChainShape | None
     epilogue: Epilogue | None
     bytes: int
     choice: plan.Choice
+    weight_bytes: int = 0
 
 
 class Recorder:
@@ -87,13 +89,14 @@ def run(
     weight: Tensor | None = None,
     shape: ConvShape | None = None,
     epilogue: Epilogue | None = None,
+    weight_bytes: int = 0,
 ) -> Tensor:
     """Runs a step as chosen (``launch`` fills what ``allocate`` made; ``eager`` returns its own), or records it.
 
-    ``moved`` says how many bytes it moves: only a record needs that.
+    ``moved`` says how many bytes it moves, ``weight_bytes`` of them weights: only a record needs that.
     """
     if Recorder.active:
-        Recorder.active.steps.append(Step(op, weight, shape, epilogue, moved(), choice))
+        Recorder.active.steps.append(Step(op, weight, shape, epilogue, moved(), choice, weight_bytes))
         return allocate()
     if not choice.fused:
         return channels_last(eager())
@@ -144,7 +147,7 @@ def dense_vectors(vectors: Vectors) -> Vectors:
 def check_conv(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None) -> None:
     """Raises ValueError naming the argument, what came, what is allowed, and the way out."""
     _check_sizes(x.shape, weight.shape)
-    _check_types(x, weight)
+    check_types(x, weight)
     check_operands(x, weight, vectors, residual)
 
 
@@ -160,7 +163,7 @@ def _check_sizes(x: Sequence[int], weight: Sequence[int]) -> None:
         )
 
 
-def _check_types(x: Tensor, weight: Tensor) -> None:
+def check_types(x: Tensor, weight: Tensor) -> None:
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(
             f"x has dtype {x.dtype}, weight has {weight.dtype}; both must be the same floating type: "
@@ -215,7 +218,7 @@ def check_residual(residual: Tensor | None, out: tuple[int, int, int, int], dtyp
 
 
 @functools.lru_cache(maxsize=4096)
-def _conv_geometry(
+def conv_geometry(
     x: torch.Size, weight: torch.Size, stride: int, padding: int, dilation: int
 ) -> tuple[ConvShape, tuple[int, int, int, int]]:
     """The convolution and its output's shape, for the shapes of x and weight."""
@@ -241,8 +244,8 @@ def conv_step(
     dilation: int,
 ) -> Tensor:
     """Runs one convolution with its epilogue as planned; ``vectors`` are bias, gamma, beta, mean, var."""
-    shape, out_shape = _conv_geometry(x.shape, weight.shape, stride, padding, dilation)
-    _check_types(x, weight)
+    shape, out_shape = conv_geometry(x.shape, weight.shape, stride, padding, dilation)
+    check_types(x, weight)
     check_operands(x, weight, vectors, residual)
     check_residual(residual, out_shape, x.dtype)
     epilogue = _epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu)
@@ -272,7 +275,19 @@ def conv_step(
     def allocate() -> Tensor:
         return _new_conv_output(x, *out_shape)
 
-    return run("conv", choice, allocate, launch, eager, moved, weight=weight, shape=shape, epilogue=epilogue)
+    weights = shape.weights * x.element_size()
+    return run(
+        "conv",
+        choice,
+        allocate,
+        launch,
+        eager,
+        moved,
+        weight=weight,
+        shape=shape,
+        epilogue=epilogue,
+        weight_bytes=weights,
+    )
 
 
 # Stem and pooling

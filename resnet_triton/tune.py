@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from . import cost, plan, sass, tuning
+from .backend import current_backend, use_backend
 from .devices import Target
 from .explain import fused_steps
 from .journal import Journal, Record, hash_of
@@ -107,11 +108,11 @@ def sites_of(
     reason = plan.refusal(target, dtype)
     if reason:
         raise ValueError(f"nothing to tune: {reason}")
-    with plan.quiet():
+    with plan.quiet(), use_backend(current_backend(), chains=False):
         steps = fused_steps(model, input_shape, dtype=dtype, device=target.name)
     found: dict[tuple[ConvShape, bool], Site] = {}
     for name, step in steps:
-        if step.op == "conv" and step.shape and step.epilogue:
+        if step.op == "conv" and isinstance(step.shape, ConvShape) and step.epilogue:
             fresh = Site(step.shape, step.epilogue, dtype, precision, (), 0.0)
             site = found.setdefault((step.shape, step.epilogue.residual), fresh)
             share = site.share + site.library_us(target)

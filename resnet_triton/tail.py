@@ -1,0 +1,255 @@
+"""The end of a residual block, as ``block_tail`` runs it: convolutions on their own, or several in one kernel.
+
+:mod:`.chains` says which; whatever it says, the result is the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend, chains, plan
+from .chains import Chain, Tail
+from .kernels.config import Epilogue
+from .kernels.geometry import cdiv
+from .steps import (
+    Recorder,
+    Step,
+    Vectors,
+    channels_last,
+    check_conv,
+    check_operands,
+    check_residual,
+    check_types,
+    conv_geometry,
+    conv_out_shape,
+    conv_step,
+    dense_vectors,
+    new_channels_last,
+    nhwc,
+    run,
+    target_for,
+)
+
+
+class Unit(NamedTuple):
+    """One convolution of a block's end: weight, (bias, gamma, beta, mean, var), eps, (stride, padding, dilation)."""
+
+    weight: Tensor
+    vectors: Vectors
+    eps: float
+    geometry: tuple[int, int, int]
+
+
+class Units(NamedTuple):
+    """The convolutions of a block's end, as in :class:`.chains.Tail`."""
+
+    last: Unit
+    conv: Unit | None
+    project: Unit | None
+    reduce: Unit | None
+
+
+def tail_step(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, pool: bool = False) -> list[Tensor]:
+    """Runs the end of a block.
+
+    Args:
+        t: input of the first convolution.
+        shortcut: the block's input.
+        units: what to compute.
+        subsample: every how many rows and columns of the block's output are wanted.
+        pool: whether only the average of the block's output over the image is wanted, ``[N, K, 1, 1]``.
+
+    Returns:
+        The block's output; and that of ``units.reduce``, if it is there.
+    """
+    last, conv, project, reduce = units
+    chain = _chain(t, shortcut, units, subsample)
+    holds = chain.holds if chain else frozenset()
+    if project is not None and "project" not in holds:
+        shortcut = _conv(shortcut, project, relu=False)
+    if conv is not None and "conv" not in holds:
+        t = _conv(t, conv)
+    after = None
+    if chain is None:
+        y, step = _conv(t, last, shortcut), 1
+    else:
+        y, after = _run_chain(chain, t, shortcut, units)
+        step = chain.shape.subsample
+    if reduce is not None and "reduce" not in holds:
+        after = _conv(y, reduce)
+    if step != subsample:
+        y = _subsample_step(y, subsample)
+    if pool:
+        y = _average_step(y)
+    return [y] if after is None else [y, after]
+
+
+def tail_shapes(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, pool: bool = False) -> list[Tensor]:
+    """Empty tensors as :func:`tail_step` returns them, after all its checks."""
+
+    def empty(x: Tensor, unit: Unit, residual: Tensor | None = None) -> Tensor:
+        weight, vectors, _, geometry = unit
+        check_conv(x, weight, vectors, residual)
+        out = conv_out_shape(x.shape, weight.shape, *geometry)
+        check_residual(residual, out, x.dtype)
+        return new_channels_last(x, *out)
+
+    if units.project is not None:
+        shortcut = empty(shortcut, units.project)
+    if units.conv is not None:
+        t = empty(t, units.conv)
+    y = empty(t, units.last, shortcut)
+    after = [] if units.reduce is None else [empty(y, units.reduce)]
+    n, k, p, q = y.shape
+    size = (1, 1) if pool else (cdiv(p, subsample), cdiv(q, subsample))
+    return [new_channels_last(y, n, k, *size), *after]
+
+
+def _conv(x: Tensor, unit: Unit, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+    weight, vectors, eps, (stride, padding, dilation) = unit
+    return conv_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation)
+
+
+# Chains
+
+
+def _has_bn_and_bias(unit: Unit) -> tuple[bool, bool]:
+    return unit.vectors[4] is not None, unit.vectors[0] is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def _tail(
+    t: torch.Size,
+    shortcut: torch.Size,
+    weights: tuple[torch.Size | None, ...],
+    geometry: tuple[tuple[int, int, int] | None, ...],
+    has: tuple[tuple[bool, bool], ...],
+    subsample: int,
+) -> Tail:
+    """The sizes of a block's end, from those of its tensors; ``has`` says which convolutions have BN and bias."""
+
+    def shaped(i: int, x: Sequence[int]):
+        weight, places = weights[i], geometry[i]
+        assert weight is not None and places is not None
+        return conv_geometry(torch.Size(x), weight, *places)
+
+    conv = project = reduce = None
+    inner: Sequence[int] = t
+    if weights[1] is not None:
+        conv, inner = shaped(1, t)
+    last, out = shaped(0, inner)
+    added: Sequence[int] = shortcut
+    if weights[2] is not None:
+        project, added = shaped(2, shortcut)
+    if tuple(added) != out:
+        raise ValueError(f"the shortcut must be {out} as the block's output, got {tuple(added)}")
+    if weights[3] is not None:
+        reduce, _ = shaped(3, out)
+    kinds = ((True, True), (False, True), (False, False), (False, True))  # residual, ReLU
+    epilogues = tuple(
+        None if weight is None else Epilogue(bn, bias, *kind)
+        for weight, (bn, bias), kind in zip(weights, has, kinds, strict=True)
+    )
+    return Tail(last, conv, project, reduce, epilogues, subsample)  # type: ignore[arg-type]
+
+
+def _chain(t: Tensor, shortcut: Tensor, units: Units, subsample: int) -> Chain | None:
+    """The chain that runs, or None."""
+    if not backend.chains_allowed() or units.conv is None or (t.shape[0] == 0 and not Recorder.active):
+        return None
+    target = target_for(t)
+    if not target.tma:
+        return None
+    precision = backend.dot_precision(t.dtype)
+    tail = _tail(
+        t.shape,
+        shortcut.shape,
+        tuple(None if unit is None else unit.weight.shape for unit in units),
+        tuple(None if unit is None else unit.geometry for unit in units),
+        tuple((False, False) if unit is None else _has_bn_and_bias(unit) for unit in units),
+        subsample,
+    )
+    return chains.choose_chain(tail, t.dtype, precision, target, backend.current_backend())
+
+
+def _run_chain(chain: Chain, t: Tensor, shortcut: Tensor, units: Units) -> tuple[Tensor, Tensor | None]:
+    """Launches a chain, or records it."""
+    shape, choice = chain.shape, chain.choice
+    named = {name: unit for name, unit in units._asdict().items() if name == "last" or name in chain.holds}
+    for unit in named.values():
+        check_types(t, unit.weight)
+        check_operands(t, unit.weight, unit.vectors, None)
+    if shortcut.dtype != t.dtype or shortcut.device != t.device:
+        raise ValueError(f"shortcut is {shortcut.dtype} on {shortcut.device}, t {t.dtype} on {t.device}")
+    n, p, q, k = shape.stored
+    y = new_channels_last(t, n, k, p, q)
+    after = None
+    if shape.reduce is not None:
+        after = new_channels_last(t, shape.reduce.n, shape.reduce.k, shape.reduce.p, shape.reduce.q)
+    if Recorder.active:
+        size = t.element_size()
+        first = named.get("conv") or named["last"]
+        Recorder.active.steps.append(
+            Step("chain", first.weight, shape, None, shape.bytes_moved(size), choice, shape.weight_bytes(size))
+        )
+        return y, after
+    from .kernels.chain import ChainUnits, launch_chain
+    from .kernels.chain import Unit as Operand
+    from .kernels.epilogue import Operands
+
+    operands = {
+        name: Operand(nhwc(unit.weight), Operands(None, *dense_vectors(unit.vectors), eps=unit.eps))
+        for name, unit in named.items()
+    }
+    launch_chain(
+        nhwc(t), nhwc(shortcut), y.permute(0, 2, 3, 1), None if after is None else after.permute(0, 2, 3, 1),
+        ChainUnits(operands.get("conv"), operands["last"], operands.get("project"), operands.get("reduce")),
+        shape, choice.tiling, backend.dot_precision(t.dtype),
+    )  # fmt: skip
+    return y, after
+
+
+# What else becomes of a block's output
+
+
+def _subsample_step(y: Tensor, step: int) -> Tensor:
+    """Every ``step``-th row and column, as a copy."""
+    n, k, p, q = y.shape
+    choice = plan.Choice("aten", None, "the kernel before stores every pixel, the shortcut reads some")
+    pixels = n * k * cdiv(p, step) * cdiv(q, step)
+    return run(
+        "subsample",
+        choice,
+        lambda: new_channels_last(y, n, k, cdiv(p, step), cdiv(q, step)),
+        lambda out: None,
+        lambda: y[:, :, ::step, ::step],
+        lambda: 2 * pixels * y.element_size(),
+    )
+
+
+def _average_step(y: Tensor) -> Tensor:
+    """The average over the image."""
+    n, k, p, q = y.shape
+    moved = n * k * (p * q + 1) * y.element_size()
+    choice = plan.choose_step(
+        "global_avg_pool", target_for(y), y.dtype, backend.current_backend(), (moved, 1), (moved, 1)
+    )
+
+    def launch(out: Tensor) -> None:
+        from .kernels.pool import launch_global_avg_pool
+
+        launch_global_avg_pool(nhwc(y), out.view(n, k))
+
+    return run(
+        "global_avg_pool",
+        choice,
+        lambda: new_channels_last(y, n, k, 1, 1),
+        launch,
+        lambda: channels_last(y.mean((2, 3), keepdim=True)),
+        lambda: moved,
+    )
