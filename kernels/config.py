@@ -17,6 +17,10 @@ KERNELS = ("conv_tma", "conv1x1", "conv_pointer", "conv_rolling")
 CHAIN_KERNELS = ("conv_chain", "chain_rolling")
 #: Kernels whose program walks down a strip of rows: the box is ``(images, rows of the strip, columns)``.
 ROLLING_KERNELS = ("conv_rolling", "chain_rolling")
+#: Kernels that can share a tile's reduction among programs, and those that can be launched dependently.
+SPLIT_KERNELS = ("conv_tma", "conv1x1")
+PDL_KERNELS = (*SPLIT_KERNELS, "conv_pointer")
+MOST_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class ConvConfig:
         bk: channels of one step of the reduction.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         persistent: programs per multiprocessor that walk over the tiles (``conv1x1`` only); 0 is one program a tile.
+        split: programs that share the reduction of a tile; a second kernel adds their sums (:data:`SPLIT_KERNELS`).
+        pdl: launched before the kernel in front has finished, from sm_90 on (:data:`PDL_KERNELS`).
     """
 
     kernel: str
@@ -60,6 +66,8 @@ class ConvConfig:
     warps: int = 4
     stages: int = 3
     persistent: int = 0
+    split: int = 1
+    pdl: bool = False
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS + CHAIN_KERNELS:
@@ -79,6 +87,17 @@ class ConvConfig:
             raise ValueError(f"persistent must be programs per multiprocessor or 0, got {self.persistent!r}")
         if self.persistent and self.kernel != "conv1x1":
             raise ValueError(f"persistent={self.persistent} is for conv1x1, got kernel={self.kernel!r}")
+        if type(self.split) is not int or not 1 <= self.split <= MOST_SPLITS:
+            raise ValueError(f"split must be an int from 1 to {MOST_SPLITS}, got {self.split!r}")
+        if self.split > 1 and (self.kernel not in SPLIT_KERNELS or self.persistent):
+            raise ValueError(
+                f"split={self.split} is for {' and '.join(SPLIT_KERNELS)} that are not persistent, "
+                f"got kernel={self.kernel!r}, persistent={self.persistent}"
+            )
+        if not isinstance(self.pdl, bool):
+            raise ValueError(f"pdl must be True or False, got {self.pdl!r}")
+        if self.pdl and self.kernel not in PDL_KERNELS:
+            raise ValueError(f"pdl is for {', '.join(PDL_KERNELS)}, got kernel={self.kernel!r}")
 
     @property
     def bm(self) -> int:
@@ -96,14 +115,21 @@ class ConvConfig:
         fields = set(cls.__dataclass_fields__)
         if not isinstance(data, dict) or set(data) - fields or not {"kernel", "box", "bn", "bk"} <= set(data):
             raise ValueError(
-                f"a configuration needs kernel, box, bn, bk (optional: warps, stages, persistent), got {data!r}"
+                f"a configuration needs kernel, box, bn, bk "
+                f"(optional: warps, stages, persistent, split, pdl), got {data!r}"
             )
         return cls(**{**data, "box": tuple(data["box"])})
 
     def __str__(self) -> str:
         box = str(self.bm) if self.kernel in ("conv1x1", "conv_pointer") else "x".join(map(str, self.box))
         persistent = f" p{self.persistent}" if self.persistent else ""
-        return f"{box} n{self.bn} k{self.bk} w{self.warps} s{self.stages}{persistent}"
+        split = f" /{self.split}" if self.split > 1 else ""
+        return f"{box} n{self.bn} k{self.bk} w{self.warps} s{self.stages}{persistent}{split}{' pdl' * self.pdl}"
+
+
+def reduction_steps(config: ConvConfig, shape: ConvShape) -> int:
+    """Steps of the reduction of one output tile, those of all its programs together."""
+    return shape.r * shape.s * cdiv(shape.c, config.bk)
 
 
 def tma_describable(shape: ConvShape, itemsize: int) -> bool:
@@ -121,6 +147,8 @@ def runs_on(config: ConvConfig, shape: ConvShape, itemsize: int) -> bool:
     if config.kernel == "conv_pointer":
         return True
     if config.kernel not in KERNELS:
+        return False
+    if config.split > reduction_steps(config, shape):
         return False
     # no side of a TMA box may exceed 256
     if not tma_describable(shape, itemsize) or max(*config.box, config.bn, config.bk) > 256:

@@ -15,65 +15,91 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import ConvConfig
+from .dependent import dependent_launch, wait_for_inputs
 from .epilogue import Operands, bn_scale_shift, relu
 from .geometry import cdiv
 from .launch import count, multiprocessors
+from .split_k import launch_split_k_epilogue, new_parts, share
 
 
 @triton.jit
 def gemm_tile(
-    tile, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C: tl.constexpr,
+    tile, part, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BM pixels times BN output channels."""
+    """One tile of BM pixels times BN output channels, or its ``part`` of the reduction."""
     column_blocks = tl.cdiv(K, BN)
     m0 = tile // column_blocks * BM
     k0 = tile % column_blocks * BN
+    first, end = share(part, (C + BK - 1) // BK, SPLIT)
     acc = tl.zeros((BM, BN), tl.float32)
-    for c0 in range(0, C, BK):
+    for c0 in range(first * BK, end * BK, BK):
         acc = tl.dot(x.load([m0, c0]), w.load([k0, c0]).T, acc, input_precision=PRECISION)
-    scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
-    out = acc * scale[None, :] + shift[None, :]
-    if residual is not None:
-        out += residual.load([m0, k0]).to(tl.float32)
-    if RELU:
-        out = relu(out)
-    y.store([m0, k0], out.to(y.dtype))
+    if SPLIT > 1:
+        y.store([part, m0, k0], acc.reshape(1, BM, BN))
+    else:
+        scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
+        out = acc * scale[None, :] + shift[None, :]
+        if residual is not None:
+            out += residual.load([m0, k0]).to(tl.float32)
+        if RELU:
+            out = relu(out)
+        y.store([m0, k0], out.to(y.dtype))
 
 
 @triton.jit
 def conv1x1(
     x, w, y, residual, bias, gamma, beta, mean, var, eps, M, K, C: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``PROGRAMS`` persistent programs, or 0: one program a tile. ``x, w, y, residual``: descriptors of rank 2."""
+    """``PROGRAMS`` persistent programs, or 0: ``SPLIT`` programs a tile. ``x, w, y, residual``: descriptors of rank 2.
+
+    With ``SPLIT`` above 1, ``y`` is what ``split_k.new_parts`` made.
+    """
+    if PDL:
+        wait_for_inputs()
     if PROGRAMS == 0:
+        tile = tl.program_id(0) // SPLIT
+        part = tl.program_id(0) % SPLIT if SPLIT > 1 else 0
         gemm_tile(
-            tl.program_id(0), x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK
+            tile, part, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK, SPLIT
         )
     else:
         tiles = tl.cdiv(M, BM) * tl.cdiv(K, BN)
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
-            gemm_tile(tile, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK)
+            gemm_tile(
+                tile, 0, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK, 1
+            )
 
 
 def launch_conv1x1(
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, operands: Operands, config: ConvConfig, precision: str
 ) -> None:
-    """Launches :func:`conv1x1`: ``x [M, C]``, ``w [K, C]``, ``y`` and the residual ``[M, K]``, rows 16-byte strided."""
+    """Launches :func:`conv1x1`: ``x [M, C]``, ``w [K, C]``, ``y`` and the residual ``[M, K]``, rows 16-byte strided.
+
+    Raises:
+        ValueError: ``config.split`` exceeds the steps of the reduction, or ``y`` or the residual is not dense then.
+    """
     (m, c), k = x.shape, w.shape[0]
     bm, bn, bk = config.bm, config.bn, config.bk
     describe = TensorDescriptor.from_tensor
-    residual = operands.residual
+    split, pdl = config.split, dependent_launch(config, x.device)
+    out, out_box, fused = y, [bm, bn], operands
+    if split > 1:  # the second kernel has the epilogue
+        out, out_box, fused = new_parts(y, split, cdiv(c, bk)), [1, bm, bn], Operands()
+    residual = fused.residual
     tiles = cdiv(m, bm) * cdiv(k, bn)
     programs = config.persistent * multiprocessors(x.device)
     if programs >= tiles:  # every program would have one tile anyway
         programs = 0
     count("conv1x1")
-    conv1x1[(programs or tiles,)](
-        describe(x, [bm, bk]), describe(w, [bn, bk]), describe(y, [bm, bn]),
-        None if residual is None else describe(residual, [bm, bn]), *operands.vectors,
-        m, k, C=c, RELU=operands.relu, PRECISION=precision, BM=bm, BN=bn, BK=bk, PROGRAMS=programs,
-        num_warps=config.warps, num_stages=config.stages,
+    conv1x1[(programs or tiles * split,)](
+        describe(x, [bm, bk]), describe(w, [bn, bk]), describe(out, out_box),
+        None if residual is None else describe(residual, [bm, bn]), *fused.vectors,
+        m, k, C=c, RELU=fused.relu, PRECISION=precision, BM=bm, BN=bn, BK=bk, PROGRAMS=programs, SPLIT=split, PDL=pdl,
+        num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
+    if split > 1:
+        launch_split_k_epilogue(out, y, operands, pdl)

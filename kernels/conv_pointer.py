@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .config import ConvConfig
+from .dependent import dependent_launch, wait_for_inputs
 from .epilogue import Operands, bn_scale_shift, relu
 from .geometry import ConvShape, cdiv
 from .launch import count, needs_int64
@@ -19,9 +20,11 @@ def conv_pointer(
     x, w, y, residual, bias, gamma, beta, mean, var, eps,
     H, W, P, Q, M, K, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
-    INT64: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    INT64: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BM output pixels times BN output channels. All tensors dense: x [N,H,W,C], w [K,R,S,C], y [M,K]."""
+    if PDL:
+        wait_for_inputs()
     CHUNKS: tl.constexpr = (C + BK - 1) // BK
     column_blocks = tl.cdiv(K, BN)
     m = tl.program_id(0) // column_blocks * BM + tl.arange(0, BM)
@@ -74,11 +77,12 @@ def launch_conv_pointer(
     precision: str,
 ) -> None:
     """Launches :func:`conv_pointer`: dense ``x [N,H,W,C]``, ``w [K,R,S,C]``, ``y`` and the residual ``[N,P,Q,K]``."""
+    pdl = dependent_launch(config, x.device)
     count("conv_pointer")
     conv_pointer[(cdiv(shape.m, config.bm) * cdiv(shape.k, config.bn),)](
         x, w, y, operands.residual, *operands.vectors,
         shape.h, shape.w, shape.p, shape.q, shape.m, shape.k, C=shape.c, R=shape.r, S=shape.s,
         STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation, RELU=operands.relu, PRECISION=precision,
-        INT64=needs_int64(x, y), BM=config.bm, BN=config.bn, BK=config.bk,
-        num_warps=config.warps, num_stages=config.stages,
+        INT64=needs_int64(x, y), BM=config.bm, BN=config.bn, BK=config.bk, PDL=pdl,
+        num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip

@@ -42,7 +42,9 @@ _SIZES = {
     "n": (1, 1 << 20), "h": (1, 1 << 16), "w": (1, 1 << 16), "c": (1, 1 << 20), "k": (1, 1 << 20), "r": (1, 64),
     "s": (1, 64), "stride": (1, 64), "padding": (0, 1024), "dilation": (1, 1024),
 }  # fmt: skip
-_TILING = {"bn": (16, 512), "bk": (16, 512), "warps": (1, 32), "stages": (1, 16), "persistent": (0, 32)}
+_TILING = {
+    "bn": (16, 512), "bk": (16, 512), "warps": (1, 32), "stages": (1, 16), "persistent": (0, 32), "split": (1, 16),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _microseconds(value: Any, where: str) -> float:
 
 
 def _config(data: Any, where: str) -> ConvConfig:
-    _keys(data, where, ("kernel", "box", *_TILING), optional=("warps", "stages", "persistent"))
+    _keys(data, where, ("kernel", "box", *_TILING, "pdl"), ("warps", "stages", "persistent", "split", "pdl"))
     _choice(data["kernel"], f"{where}.kernel", KERNELS)
     box = data["box"]
     if not isinstance(box, list) or len(box) != 3:
@@ -184,6 +186,8 @@ def _config(data: Any, where: str) -> ConvConfig:
         _whole(side, f"{where}.box", 1, 512)
     for name in _TILING.keys() & data.keys():
         _whole(data[name], f"{where}.{name}", *_TILING[name])
+    if not isinstance(data.get("pdl", False), bool):
+        _refuse(f"{where}.pdl", data["pdl"], "true or false")
     try:
         config = ConvConfig.from_dict(data)
     except ValueError as error:

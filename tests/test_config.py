@@ -56,6 +56,13 @@ ODD = [
         ({"stages": 2.5}, r"stages must be a positive int, got 2.5"),
         ({"kernel": "conv1x1", "persistent": -1}, r"persistent must be programs per multiprocessor or 0, got -1"),
         ({"persistent": 1}, r"persistent=1 is for conv1x1, got kernel='conv_tma'"),
+        ({"split": 0}, r"split must be an int from 1 to 16, got 0"),
+        ({"split": 17}, r"split must be an int from 1 to 16, got 17"),
+        ({"split": True}, r"split must be an int from 1 to 16, got True"),
+        ({"split": 2, "kernel": "conv_pointer"}, r"split=2 is for conv_tma and conv1x1 .*got kernel='conv_pointer'"),
+        ({"split": 2, "kernel": "conv1x1", "persistent": 1}, r"split=2 is for .* not persistent, .*persistent=1"),
+        ({"pdl": 1}, r"pdl must be True or False, got 1"),
+        ({"pdl": True, "kernel": "conv_chain"}, r"pdl is for conv_tma, conv1x1, conv_pointer, got kernel='conv_chain'"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
@@ -68,6 +75,8 @@ def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
 def test_json_round_trip() -> None:
     config = ConvConfig("conv1x1", (1, 1, 128), 64, 32, warps=8, stages=4, persistent=2)
     assert ConvConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    config = ConvConfig("conv1x1", (1, 1, 128), 64, 32, split=4, pdl=True)
+    assert ConvConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize(
@@ -77,11 +86,11 @@ def test_json_round_trip() -> None:
         [],
         None,
         {"kernel": "conv_tma", "box": [2, 8, 8], "bn": 64},
-        {"kernel": "conv1x1", "box": [1, 1, 64], "bn": 64, "bk": 64, "split": 2},
+        {"kernel": "conv1x1", "box": [1, 1, 64], "bn": 64, "bk": 64, "cluster": 2},
     ],
 )
 def test_a_dict_with_missing_or_unknown_fields_is_refused(data: Any) -> None:
-    with pytest.raises(ValueError, match=r"a configuration needs kernel, box, bn, bk \(optional: .*persistent\), got"):
+    with pytest.raises(ValueError, match=r"a configuration needs kernel, box, bn, bk \(optional: .*split, pdl\), got"):
         ConvConfig.from_dict(data)
 
 
@@ -89,6 +98,8 @@ def test_str() -> None:
     assert str(ConvConfig("conv_tma", (2, 8, 8), 64, 32)) == "2x8x8 n64 k32 w4 s3"
     assert str(ConvConfig("conv1x1", (1, 1, 128), 64, 32, 8, 4)) == "128 n64 k32 w8 s4"
     assert str(ConvConfig("conv1x1", (1, 1, 128), 64, 32, persistent=2)) == "128 n64 k32 w4 s3 p2"
+    assert str(ConvConfig("conv1x1", (1, 1, 64), 64, 64, split=4)) == "64 n64 k64 w4 s3 /4"
+    assert str(ConvConfig("conv_tma", (1, 8, 8), 64, 64, split=16, pdl=True)) == "1x8x8 n64 k64 w4 s3 /16 pdl"
     assert str(Epilogue(bn=True, bias=True, residual=True, relu=True)) == "bias+bn+add+relu"
     assert str(Epilogue()) == "-"
 
@@ -161,6 +172,10 @@ def test_what_tensor_maps_can_describe(shape: ConvShape, itemsize: int, expected
         (ConvConfig("conv_tma", (2, 8, 8), 64, 64), ConvShape(1, 8, 8, 16, 16, 3, 3, 2, 1), False),
         (ConvConfig("conv_tma", (2, 8, 8), 64, 16), ConvShape(1, 8, 8, 16, 16, 3, 3, 2, 1), True),
         (ConvConfig("conv_tma", (2, 8, 8), 64, 16), ConvShape(1, 7, 7, 16, 16, 3, 3, 2, 1), False),
+        (ConvConfig("conv_tma", (1, 8, 8), 64, 64, split=9), ConvShape(1, 8, 8, 64, 16, 3, 3, 1, 1), True),
+        (ConvConfig("conv_tma", (1, 8, 8), 64, 64, split=10), ConvShape(1, 8, 8, 64, 16, 3, 3, 1, 1), False),
+        (ConvConfig("conv1x1", (1, 1, 64), 64, 64, split=2), ConvShape(1, 8, 8, 72, 16), True),
+        (ConvConfig("conv1x1", (1, 1, 64), 64, 64, split=2), ConvShape(1, 8, 8, 64, 16), False),
         (ConvConfig("conv_pointer", (1, 1, 512), 512, 16), ConvShape(1, 7, 7, 3, 1, 3, 3, 3, 1), True),
     ],
     ids=str,

@@ -64,6 +64,18 @@ def test_round_trip(folders) -> None:
     assert tuning.load(path)[1].versions["torch"] == torch.__version__
 
 
+def test_split_and_dependent_launch(folders) -> None:
+    """They come back as written; files from before they existed mean one program a tile, launched in order."""
+    config = replace(CONFIG, split=9, pdl=True)
+    path = store(folders["cache"], replace(ENTRY, config=config))
+    assert tuning.load(path)[0].config == config
+    data = json.loads(path.read_text())
+    for name in ("split", "pdl"):
+        del data["entries"][0]["config"][name]
+    path.write_text(json.dumps(data))
+    assert tuning.load(path)[0].config == CONFIG
+
+
 def test_saving_replaces_the_file_and_leaves_nothing_else(folders) -> None:
     store(folders["cache"], ENTRY)
     path = store(folders["cache"], replace(ENTRY, us=1.0))
@@ -209,6 +221,9 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "a box of words": (entry_with(["1", "8", "8"], "config", "box"), r"config.box is '1', allowed: an integer"),
     "a box of two": (entry_with([8, 8], "config", "box"), r"config.box is \[8, 8\], allowed: three integers"),
     "1024 warps": (entry_with(1024, "config", "warps"), r"config.warps is 1024, allowed: an integer from 1 to 32"),
+    "a split of 17": (entry_with(17, "config", "split"), r"config.split is 17, allowed: an integer from 1 to 16"),
+    "true for a split": (entry_with(True, "config", "split"), r"config.split is True, allowed: an integer from 1"),
+    "a number for a dependent launch": (entry_with(1, "config", "pdl"), r"config.pdl is 1, allowed: true or false"),
     "an unknown field of a configuration": (
         entry_with("import os", "config", "code"),
         r"entries\[1\].config has unknown keys 'code'",
