@@ -5,7 +5,7 @@
     python -m resnet_triton.aot --golden        rewrites tests/codegen/golden.json: accepts the changes
     python -m resnet_triton.aot --markdown      the table for docs/codegen.md
 
-Compiling and measuring is in ``codegen``. None of this needs a GPU.
+Compiling and measuring is in :mod:`.codegen`, judging in :mod:`.golden`. None of this needs a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from .codegen import (
     Launch,
     Metrics,
     Use,
-    compile_case,
     conv_launches,
     measure,
     planned_for,
@@ -38,12 +37,11 @@ from .codegen import (
     trace,
 )
 from .devices import Target, known_devices
+from .golden import ACCEPT, GOLDEN, diff, golden_record, problems
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.epilogue import Operands
 from .kernels.geometry import ConvShape
 from .shapes import BLOCKS, BN_ADD_RELU, BN_RELU, CLASSES, ConvSite, features, resnet_convs, stem_conv
-
-__all__ = ["Case", "Metrics", "cases", "compile_case", "measure", "problems", "regressions"]
 
 DEPTHS, BATCHES, SIZE = tuple(BLOCKS), (1, 32, 256), 224
 #: Dtype, and how fp32 products are formed.
@@ -54,7 +52,6 @@ NUMERICS = (
     (torch.float32, "ieee"),
 )
 ARCHITECTURES = (90, 80, 100)
-GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codegen" / "golden.json"
 
 
 def cases(sm: int = 90, limit: int | None = None) -> list[Case]:
@@ -285,119 +282,11 @@ def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, ep
     return "-".join(part for part in (*parts, "_".join(hints)) if part)
 
 
-# Checks and reports
-
-PRESSURE_BOUND = 0.7  # of TMA kernels whose tile needs the tensor cores longer than device memory
-ROOF_BOUND = 1.0  # of all
-#: Changes of the golden figures that are noise: registers, bytes of shared memory, and the share of the issue figures.
-REGISTER_TOLERANCE, SHARED_TOLERANCE, ISSUE_TOLERANCE = 8, 1024, 0.05
-ACCEPT = "to accept: `python -m resnet_triton.aot --golden`, then commit tests/codegen/golden.json"
-
-
-def problems(case: Case, metrics: Metrics) -> list[str]:
-    """What is wrong with a case, in words; empty if nothing is."""
-    found = []
-    if metrics.spill_bytes or metrics.local_accesses:
-        found.append(f"spills {metrics.spill_bytes} bytes ({metrics.local_accesses} accesses to local memory)")
-    if metrics.shared_bytes > SHARED_LIMIT[case.sm]:
-        found.append(f"needs {metrics.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[case.sm]}")
-    if case.kernel in ("conv_tma", "conv1x1") and not (metrics.tma_loads and metrics.tma_stores):
-        found.append("loads or stores without TMA")
-    if case.config and not case.tensor_cores:  # its multiply-adds alone fill the issue slots
-        return found if metrics.ffma else [*found, "has no FFMA"]
-    if case.config and not compile_case(case).listing.count(_expected_opcode(case)):
-        found.append(f"has no {_expected_opcode(case)}")
-    if metrics.tensor_bound and case.kernel != "conv_pointer":
-        found += _beyond(metrics.pressure, PRESSURE_BOUND, "pressure")
-    return found + _beyond(metrics.issue_over_roof, ROOF_BOUND, f"issue/roof ({metrics.limit})")
-
-
-def _beyond(value: float | None, bound: float, name: str) -> list[str]:
-    return [] if value is None or value < bound else [f"{name} is {value:.2f}, the bound is {bound}"]
-
-
-def _expected_opcode(case: Case) -> str:
-    """The matrix instruction of an architecture; tiles of less than 64 rows are too small for those of a warp group."""
-    wide = case.config is not None and case.config.bm >= 64
-    return {90: "HGMMA", 100: r"UTC\w*MMA"}.get(case.sm, "HMMA") if wide else "HMMA"
-
-
-def golden_record(metrics: Metrics) -> dict[str, float]:
-    """The figures that tests/codegen/golden.json keeps of a case."""
-    issue = metrics.tile_instructions if metrics.pressure is None else metrics.pressure
-    return {
-        "registers": metrics.registers,
-        "spills": metrics.spill_bytes,
-        "shared": metrics.shared_bytes,
-        "mma": metrics.tensor_core or metrics.ffma,
-        "tma_loads": metrics.tma_loads,
-        "tma_stores": metrics.tma_stores,
-        "issue": round(issue, 3),
-    }
-
-
-def changes(now: dict[str, float], golden: dict[str, float]) -> dict[str, str]:
-    """What differs from the golden figures, in words by name; those beyond the tolerance end in ``(worse)``.
-
-    Fewer or more matrix and TMA instructions are neither better nor worse (:func:`problems` finds none at all).
-    """
-    bounds = {
-        "registers": golden["registers"] + REGISTER_TOLERANCE,
-        "spills": golden["spills"],
-        "shared": golden["shared"] + SHARED_TOLERANCE,
-        "issue": golden["issue"] * (1 + ISSUE_TOLERANCE),
-    }
-    found = {}
-    for name, before in golden.items():
-        if now[name] != before:
-            worse = " (worse)" if now[name] > bounds.get(name, now[name]) else ""
-            found[name] = f"{name} {before:g} -> {now[name]:g}{worse}"
-    return found
-
-
-def regressions(metrics: Metrics, golden: dict[str, float]) -> list[str]:
-    """Golden figures that got worse by more than the tolerance, in words."""
-    return [text for text in changes(golden_record(metrics), golden).values() if text.endswith("(worse)")]
-
-
-def diff(now: dict[str, dict[str, float]], path: Path = GOLDEN, complete: bool = True) -> tuple[list[str], bool]:
-    """Lines that say what changed since a golden file, and whether it must be accepted or mended.
-
-    Args:
-        now: the record of each case by its name.
-        path: of the golden file.
-        complete: whether ``now`` holds every case, so that what is missing is gone.
-
-    Raises:
-        ValueError: the file is missing or not a golden file.
-    """
-    try:
-        data = json.loads(path.read_text())
-        version, golden = data["triton"], data["cases"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no golden file ({error}); `python -m resnet_triton.aot --golden` makes one"
-        ) from None
-    if version != triton.__version__:
-        return [f"not compared: {path.name} is of triton {version}, this is {triton.__version__}"], False
-    lines, bad = [], False
-    for name, record in now.items():
-        if name not in golden:
-            lines.append(f"new: {name}")
-            bad = True
-        elif found := changes(record, golden[name]):
-            lines.append(f"{name}: {', '.join(found.values())}")
-            bad |= any(text.endswith("(worse)") for text in found.values())
-    if complete:
-        gone = [name for name in golden if name not in now]
-        lines += [f"gone: {name}" for name in gone]
-        bad |= bool(gone)
-    return lines or [f"nothing changed in {len(now)} programs"], bad
-
+# The table and the command line
 
 HEADER = (
     "kernel", "dtype", "tile", "epilogue", "first layer", "layers", "registers", "spills", "shared", "programs/SM",
-    "MMA", "TMA", "step", "tile instr", "pressure", "instr/output", "limit", "issue/roof",
+    "MMA", "TMA", "step", "loops", "tile instr", "pressure", "instr/output", "limit", "issue/roof",
 )  # fmt: skip
 
 
@@ -417,13 +306,26 @@ def row(case: Case, metrics: Metrics) -> tuple[str, ...]:
         str(metrics.resident),
         str(metrics.tensor_core or metrics.ffma),
         f"{metrics.tma_loads}+{metrics.tma_stores}",
-        f"{metrics.step_instructions:.0f}",
+        _nested([(loop.depth, f"{loop.step_instructions:.0f}") for loop in metrics.loops]),
+        _nested([(loop.depth, f"{loop.pressure:.2f}") for loop in metrics.loops]),
         f"{metrics.tile_instructions:.0f}",
         "-" if metrics.pressure is None else f"{metrics.pressure:.2f}",
         f"{metrics.per_output:.1f}",
         metrics.limit or "-",
         "-" if metrics.issue_over_roof is None else f"{metrics.issue_over_roof:.2f}",
     )
+
+
+def _nested(cells: Sequence[tuple[int, str]]) -> str:
+    """Loops one after another as ``a + b``, those inside a loop as ``a (b + c)``."""
+    text, before = "", 0
+    for depth, cell in cells:
+        if depth > before:
+            text += " ("
+        elif text:
+            text += ")" * (before - depth) + " + "
+        text, before = text + cell, depth
+    return text + ")" * before or "-"
 
 
 def _print_table(rows: Sequence[tuple[str, ...]], markdown: bool) -> None:
@@ -445,9 +347,12 @@ measured.
   *first layer* is one of them.
 - *spills*, *shared*: bytes a thread, bytes a program. *programs/SM*: how many fit a multiprocessor.
 - *MMA*, *TMA*: matrix instructions (FFMA for exact fp32), and TMA loads + stores in the listing.
-- *step*, *tile instr*: instructions that a warp issues in one step of the reduction, and for one tile in all.
-- *pressure*: issue cycles over tensor-core cycles (over FFMA cycles for exact fp32, which cannot be below 1). The tests
-  keep it below 0.7 for TMA kernels wherever the tensor cores take longer than device memory and the launch.
+- *step*: instructions that a warp issues in one iteration of each loop with products, loops inside it apart: `a + b`
+  are two loops, one after the other, `a (b)` is loop b inside loop a. *tile instr*: for one tile in all; a tile is a
+  program's whole strip of rows in a rolling kernel.
+- *loops*, *pressure*: issue cycles over tensor-core cycles (over FFMA cycles for exact fp32, which cannot be below 1):
+  of one iteration of each loop, as under *step*, and of a tile in all. The tests keep a tile's below 0.7 for TMA
+  kernels wherever the tensor cores take longer than device memory and the launch.
 - *instr/output*: thread instructions per output element.
 - *issue/roof*: predicted issue time over the slowest other *limit* of the layer, worst layer. The tests
   keep it below 1: there, the instructions are hidden.

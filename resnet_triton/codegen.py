@@ -6,12 +6,13 @@ for Triton's JIT notes the launch. So a case has exactly the signature, constant
 Two numbers say whether instructions get in the way. A multiprocessor issues four instructions a cycle, so a tile needs
 ``instructions * warps / 4`` issue cycles:
 
-    pressure    issue cycles / cycles of the tensor cores, for one tile, the whole kernel: every loop by its trip count
+    pressure    issue cycles / cycles of the tensor cores, for one iteration of a loop with products, and for one tile,
+                the whole kernel: every loop by its trip count
     issue/roof  issue time / the slowest other limit of the cost model for the layer: device memory, L2, tensor
                 cores, and the launch itself
 
-Tensor-core cycles of a tile are ``steps * BM * BN * BK / MACS_PER_CYCLE``: 2048 for 16-bit operands on sm_90, half of
-that for TF32. A memory-bound layer may have a high pressure and yet lose nothing; its issue/roof tells. What a
+Tensor-core cycles are multiply-adds, padding included, over ``MACS_PER_CYCLE``: 2048 for 16-bit operands on sm_90, half
+of that for TF32. A memory-bound layer may have a high pressure and yet lose nothing; its issue/roof tells. What a
 persistent kernel does once a program is spread evenly over the tiles of its programs. Kernels without matrix
 instructions have instructions per output element instead (thread instructions; every loop counts once).
 """
@@ -33,8 +34,10 @@ from triton.runtime.jit import JITFunction
 
 from . import cost, sass
 from .devices import Target, known_devices
+from .issue import IssueCount, count_issued
 from .kernels.config import ConvConfig, Epilogue
-from .kernels.geometry import ConvShape, cdiv
+from .kernels.geometry import ChainShape, ConvShape, cdiv
+from .nests import Loop, nest_of
 
 #: The device each architecture is planned for.
 DEVICES = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200"}
@@ -64,14 +67,14 @@ class Use:
         programs: of the launch.
         bytes: through device memory.
         outputs: elements written.
-        shape: of a convolution, else None.
+        shape: of a convolution or a chain of them, else None.
     """
 
     label: str
     programs: int
     bytes: int
     outputs: int
-    shape: ConvShape | None = None
+    shape: ConvShape | ChainShape | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Case:
         sm: architecture, 90 for sm_90.
         dtype: of activations and weights.
         precision: ``"tf32"`` or ``"ieee"``, which matters for fp32 alone.
-        config, epilogue: of a convolution, else None.
+        config: of a convolution or a chain, else None.
+        epilogue: of a convolution, else None.
         uses: the layers that run it.
         launch: the arguments; not compared.
     """
@@ -100,10 +104,15 @@ class Case:
     launch: Launch = field(compare=False, repr=False)
 
     @property
-    def steps(self) -> int:
-        """Steps of the reduction for one output tile; 0 for a kernel without one."""
+    def loops(self) -> tuple[Loop, ...]:
+        """The loops with products, for one output tile; empty for a kernel without any."""
         shape = self.uses[0].shape
-        return shape.r * shape.s * cdiv(shape.c, self.config.bk) if shape and self.config else 0
+        return nest_of(shape, self.config) if shape and self.config else ()
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a program walks over several tiles."""
+        return self.launch.kwargs.get("PROGRAMS", 0) > 0
 
     @property
     def tensor_cores(self) -> bool:
@@ -120,6 +129,17 @@ class Compiled:
     warps: int
 
 
+class LoopMetrics(NamedTuple):
+    """A loop with products: ``depth`` (0 outermost), instructions of a warp in one iteration, and their pressure.
+
+    Both without the loops inside it.
+    """
+
+    depth: int
+    step_instructions: float
+    pressure: float
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What the machine code of a case looks like.
@@ -132,9 +152,9 @@ class Metrics:
         resident: programs that fit one multiprocessor, by registers, shared memory and warps.
         tensor_core, ffma: matrix instructions and fp32 multiply-adds in the listing.
         tma_loads, tma_stores: instructions in the listing.
-        step_instructions: issued by one warp in one step of the reduction; 0 without a loop.
+        loops: those with products, in the order of execution, each before those inside it.
         tile_instructions: issued by one warp for one tile in all.
-        pressure: issue cycles over tensor-core cycles; None without a reduction.
+        pressure: issue cycles over tensor-core cycles for one tile; None without products.
         per_output: thread instructions per output element.
         limit: the slowest of the other limits, for the worst use; ``""`` without a device record.
         issue_over_roof: issue time over that limit's, for the worst use; None without a device record.
@@ -151,7 +171,7 @@ class Metrics:
     ffma: int
     tma_loads: int
     tma_stores: int
-    step_instructions: float
+    loops: tuple[LoopMetrics, ...]
     tile_instructions: float
     pressure: float | None
     per_output: float
@@ -305,11 +325,17 @@ def measure(case: Case, compiled: Compiled | None = None) -> Metrics:
     """Measures a case's machine code (compiles it if it is not given)."""
     compiled = compiled or compile_case(case)
     listing = compiled.listing
-    mma = sass.TENSOR_CORE if case.tensor_cores else sass.FFMA
-    counted = sass.count_issued(listing, case.steps, mma, _mma_per_step(case, compiled) if case.config else None)
+    try:
+        counted = count_issued(listing, case.loops, compiled.warps, case.persistent, case.tensor_cores)
+    except ValueError as error:
+        raise RuntimeError(f"{case.name}: {error}") from error
     instructions = counted.per_tile(min(_tiles(case, use) / use.programs for use in case.uses))
     first = case.uses[0]
-    cycles = _mma_cycles(case)
+
+    def pressure(issued: float, macs: float) -> float:
+        return issued * compiled.warps / 4 / (macs / _macs_per_cycle(case))
+
+    macs = sum(loop.work for loop in case.loops)
     threads = 32 * compiled.warps
     roofs = [_roofs(case, use) for use in case.uses]
     limit, ratio = _issue_over_roof(case, compiled, counted, roofs)
@@ -323,9 +349,9 @@ def measure(case: Case, compiled: Compiled | None = None) -> Metrics:
         ffma=listing.count(sass.FFMA),
         tma_loads=listing.count("UTMALDG"),
         tma_stores=listing.count("UTMASTG"),
-        step_instructions=counted.step,
+        loops=tuple(LoopMetrics(loop.depth, loop.step, pressure(loop.step, loop.macs)) for loop in counted.loops),
         tile_instructions=instructions,
-        pressure=instructions * compiled.warps / 4 / cycles if cycles else None,
+        pressure=pressure(instructions, macs) if macs else None,
         per_output=instructions * threads * _tiles(case, first) / first.outputs,
         limit=limit,
         issue_over_roof=ratio,
@@ -335,36 +361,17 @@ def measure(case: Case, compiled: Compiled | None = None) -> Metrics:
 
 def _tiles(case: Case, use: Use) -> int:
     """Output tiles of a launch: its programs, but for the persistent kernel."""
-    if case.kernel != "conv1x1" or use.shape is None or case.config is None:
+    if not case.persistent:
         return use.programs
+    assert isinstance(use.shape, ConvShape) and case.config
     return cdiv(use.shape.m, case.config.bm) * cdiv(use.shape.k, case.config.bn)
 
 
-def _mma_cycles(case: Case) -> float:
-    """Cycles of the tensor cores (of the fp32 units for exact fp32) for one tile."""
-    if case.config is None:
-        return 0.0
-    rate = MACS_PER_CYCLE[case.sm] / (2 if case.dtype == torch.float32 else 1)
-    if not case.tensor_cores:
-        rate = FFMA_PER_CYCLE[case.sm]
-    return case.steps * case.config.bm * case.config.bn * case.config.bk / rate
-
-
-def _mma_per_step(case: Case, compiled: Compiled) -> float | None:
-    """Matrix instructions of one warp in one step, from the tile and the size in their opcode."""
-    config = case.config
-    assert config is not None
-    macs = config.bm * config.bn * config.bk
-    if not case.tensor_cores:
-        return macs / (32 * compiled.warps)
-    opcode = next((i.opcode for i in compiled.listing.instructions if sass.TENSOR_CORE.match(i.opcode)), "")
-    size = opcode.split(".")[1] if "." in opcode else ""
-    if opcode.startswith("HGMMA"):  # 64x128x16, by the four warps of a group
-        m, n, k = map(int, size.split("x"))
-        return macs / (m * n * k) / (compiled.warps / 4)
-    if opcode.startswith("HMMA"):  # 16816 is 16x8x16, by one warp
-        return macs / (16 * 8 * int(size[3:])) / compiled.warps
-    return None
+def _macs_per_cycle(case: Case) -> float:
+    """Multiply-adds of a multiprocessor in one cycle."""
+    if case.tensor_cores:
+        return MACS_PER_CYCLE[case.sm] / (2 if case.dtype == torch.float32 else 1)
+    return FFMA_PER_CYCLE[case.sm]
 
 
 def _resident(sm: int, compiled: Compiled) -> int:
@@ -379,14 +386,19 @@ def _roofs(case: Case, use: Use) -> dict[str, float]:
     if target is None:
         return {}
     roofs = {"hbm": use.bytes / target.hbm_tb_s / 1e6, "launch": cost.LAUNCH_US}
-    if use.shape and case.config and case.epilogue:
+    if case.config is None:
+        return roofs
+    if isinstance(use.shape, ChainShape):
+        prediction = cost.predict_chain(use.shape, case.config, case.dtype, case.precision, target)
+    elif use.shape and case.epilogue:
         prediction = cost.predict(use.shape, case.epilogue, case.config, case.dtype, case.precision, target)
-        roofs |= {name: getattr(prediction, name) for name in ("hbm", "l2", "tensor")}
-    return roofs
+    else:
+        return roofs
+    return roofs | {name: getattr(prediction, name) for name in ("hbm", "l2", "tensor")}
 
 
 def _issue_over_roof(
-    case: Case, compiled: Compiled, counted: sass.IssueCount, roofs: list[dict[str, float]]
+    case: Case, compiled: Compiled, counted: IssueCount, roofs: list[dict[str, float]]
 ) -> tuple[str, float | None]:
     """The largest ratio over the uses, and the limit it is over."""
     target = planned_for(case.sm)

@@ -1,15 +1,4 @@
-"""Reads machine code back: what ``cuobjdump`` says of a compiled kernel, and how often each instruction is issued.
-
-The listing is split into basic blocks; dominators give its loops. The loop that holds the matrix instructions is the
-reduction, and its trip count follows from their number: a step of the reduction needs a known number of them, so an
-unrolled loop and steps that the compiler peeled off are recognised by what they contain.
-
-In a persistent kernel whose tile loop and reduction are flattened into one loop, the code for a tile's first and last
-step sits in that same loop, each behind a forward branch. A block that some iterations skip does not dominate the
-loop's end; if the loop also stores, such a block counts once a tile instead of once a step.
-
-Waiting is not counted: the second and later polls of a barrier depend on time, not on the code.
-"""
+"""Reads machine code back: what ``cuobjdump`` says of a compiled kernel, its basic blocks, and its loops."""
 
 from __future__ import annotations
 
@@ -17,14 +6,13 @@ import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 #: Instructions of the tensor cores by architecture: sm_90 (warp groups), sm_80 (warps), sm_100 (one thread).
 TENSOR_CORE = re.compile(r"(HGMMA|QGMMA|IGMMA|HMMA|IMMA|QMMA|UTC\w*MMA)\b")
 FFMA = re.compile(r"FFMA2?\b")
-STORE = re.compile(r"(UTMASTG|STG)\b")
 LOCAL = re.compile(r"(LDL|STL)\b")
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
@@ -62,27 +50,6 @@ class Listing:
     def count(self, pattern: re.Pattern[str] | str) -> int:
         """How many instructions have an opcode that begins with ``pattern``."""
         return sum(bool(re.match(pattern, i.opcode)) for i in self.instructions)
-
-
-@dataclass(frozen=True)
-class IssueCount:
-    """Instructions that one warp issues.
-
-    Args:
-        step: in one step of the reduction.
-        tile: for one output tile besides its steps.
-        program: once for a persistent program, whatever the number of its tiles; 0 where a program has one tile.
-        trips: steps of the reduction that ``step`` counts; the peeled ones are part of ``tile``.
-    """
-
-    step: float
-    tile: int
-    program: int
-    trips: float
-
-    def per_tile(self, tiles_per_program: float) -> float:
-        """Instructions for one tile with everything that it shares spread over the program's tiles."""
-        return self.step * self.trips + self.tile + self.program / tiles_per_program
 
 
 @functools.cache
@@ -134,14 +101,6 @@ class Block:
 
     instructions: Sequence[Instruction]
     successors: list[int]
-
-    def has(self, pattern: re.Pattern[str]) -> bool:
-        """Whether an opcode begins with ``pattern``."""
-        return self.count(pattern) > 0
-
-    def count(self, pattern: re.Pattern[str]) -> int:
-        """Instructions whose opcode begins with ``pattern``."""
-        return sum(bool(pattern.match(i.opcode)) for i in self.instructions)
 
 
 def _branch(instruction: Instruction) -> tuple[int | None, bool]:
@@ -197,15 +156,33 @@ def dominators(blocks: Sequence[Block]) -> list[set[int]]:
     return dominating
 
 
-@dataclass(frozen=True)
-class Loop:
-    """A natural loop: its blocks, and those among them that every iteration passes."""
+def in_order(blocks: Sequence[Block]) -> list[int]:
+    """The blocks so that each comes before those that it leads to, but for jumps back (reverse postorder)."""
+    done: list[int] = []
+    seen = {0}
+    stack = [(0, iter(blocks[0].successors))]
+    while stack:
+        b, after = stack[-1]
+        new = next((s for s in after if s not in seen), None)
+        if new is None:
+            done.append(b)
+            stack.pop()
+        else:
+            seen.add(new)
+            stack.append((new, iter(blocks[new].successors)))
+    return done[::-1]
 
+
+@dataclass(frozen=True)
+class NaturalLoop:
+    """A loop: the block that is its only entry, its blocks, and those among them that every iteration passes."""
+
+    header: int
     blocks: frozenset[int]
     always: frozenset[int]
 
 
-def loops_of(blocks: Sequence[Block]) -> list[Loop]:
+def loops_of(blocks: Sequence[Block]) -> list[NaturalLoop]:
     """Natural loops, smallest first; loops with the same header are one."""
     dominating = dominators(blocks)
     latches: dict[int, list[int]] = {}
@@ -222,62 +199,5 @@ def loops_of(blocks: Sequence[Block]) -> list[Loop]:
                 body.add(b)
                 stack += [p for p, block in enumerate(blocks) if b in block.successors]
         always = set.intersection(*(dominating[end] for end in ends)) & body
-        loops.append(Loop(frozenset(body), frozenset(always)))
+        loops.append(NaturalLoop(header, frozenset(body), frozenset(always)))
     return sorted(loops, key=lambda loop: len(loop.blocks))
-
-
-def _waits(block: Block, b: int) -> bool:
-    """Whether a block polls a barrier again and again, or only leads back from there."""
-    polls = b in block.successors and any("TRYWAIT" in i.opcode for i in block.instructions)
-    return polls or [i.name for i in block.instructions] == ["BRA"]
-
-
-def count_issued(
-    listing: Listing, steps: int, mma: re.Pattern[str] = TENSOR_CORE, mma_per_step: float | None = None
-) -> IssueCount:
-    """Counts what one warp issues.
-
-    Args:
-        listing: the machine code.
-        steps: of the reduction, for one output tile.
-        mma: matrix instructions that mark the reduction.
-        mma_per_step: how many of them one step needs in one warp. None takes the loop's own number, as if it were
-            not unrolled.
-
-    Raises:
-        ValueError: the number of matrix instructions in the loop is no multiple of ``mma_per_step``.
-    """
-    blocks = blocks_of(listing.instructions)
-    issued = [0 if _waits(block, b) else len(block.instructions) for b, block in enumerate(blocks)]
-    loops = loops_of(blocks)
-
-    def total(chosen: Iterable[int]) -> int:
-        return sum(issued[b] for b in chosen)
-
-    everything = frozenset(range(len(blocks)))
-    matrix = [block.count(mma) for block in blocks]
-    holders = [loop for loop in loops if any(matrix[b] for b in loop.blocks)]
-    innermost = [loop for loop in holders if not any(other.blocks < loop.blocks for other in holders)]
-    if not innermost:
-        return IssueCount(0, total(everything), 0, 0)
-    reduction = max(innermost, key=lambda loop: sum(matrix[b] for b in loop.blocks))
-    stores = [block.has(STORE) for block in blocks]
-    flattened = any(stores[b] for b in reduction.blocks)
-    each_step = {b for b in reduction.blocks if b in reduction.always or not flattened or matrix[b]}
-    # the outermost loop that stores is a persistent program's loop over its tiles
-    persistent = [
-        loop.blocks for loop in holders if reduction.blocks <= loop.blocks and any(stores[b] for b in loop.blocks)
-    ]
-    tile = persistent[-1] if persistent else everything
-
-    in_loop = sum(matrix[b] for b in each_step)
-    per_step = mma_per_step or in_loop
-    unrolled = max(1, round(in_loop / per_step))
-    peeled = 0
-    if mma is TENSOR_CORE:
-        if in_loop != unrolled * per_step:
-            raise ValueError(f"a loop with {in_loop} matrix instructions does not fit {per_step} a step")
-        peeled = round(sum(matrix[b] for b in tile - each_step) / per_step)
-    return IssueCount(
-        total(each_step) / unrolled, total(tile - each_step), total(everything - tile), max(0, steps - peeled)
-    )

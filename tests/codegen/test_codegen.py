@@ -1,7 +1,7 @@
 """The machine code of every shipped program: no spills, fits, uses the hardware, issues little, no worse than before.
 
 A test is one program of ``aot.cases``: all of ResNet-18 to 152 at 224 px and batch 1, 32 and 256 on sm_90, and each
-kernel once per dtype on sm_80 and sm_100. The golden figures are of one triton version; see ``aot.regressions``.
+kernel once per dtype on sm_80 and sm_100. The golden figures are of one triton version; see ``golden.regressions``.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from pathlib import Path
 import pytest
 import triton
 
-from resnet_triton import aot, plan, tune, tuning
+from resnet_triton import aot, codegen, golden, plan, tune, tuning
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.tuning import Entry
 
-GOLDEN = json.loads(aot.GOLDEN.read_text())
-REGENERATE = aot.ACCEPT
+GOLDEN = json.loads(golden.GOLDEN.read_text())
+REGENERATE = golden.ACCEPT
 CASES = {case.name: case for sm in aot.ARCHITECTURES for case in aot.cases(sm)}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
-def test_program(case: aot.Case) -> None:
-    metrics = aot.measure(case)
-    problems = aot.problems(case, metrics)
+def test_program(case: codegen.Case) -> None:
+    metrics = codegen.measure(case)
+    problems = golden.problems(case, metrics)
     assert not problems, f"{case.uses[0].label}: {'; '.join(problems)}"
     if GOLDEN["triton"] == triton.__version__ and case.name in GOLDEN["cases"]:
-        worse = aot.regressions(metrics, GOLDEN["cases"][case.name])
+        worse = golden.regressions(metrics, GOLDEN["cases"][case.name])
         assert not worse, f"{'; '.join(worse)}: {REGENERATE}"
 
 
@@ -52,13 +52,13 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table, what changed, how to accept it; worse, new and gone programs are exit code 1."""
     case = next(case for case in CASES.values() if case.kernel == "add_relu")
-    record = aot.golden_record(aot.measure(case))
-    golden = tmp_path / "golden.json"
+    record = golden.golden_record(codegen.measure(case))
+    path = tmp_path / "golden.json"
 
     def run(version: str = triton.__version__, **changed: float) -> tuple[int, str]:
         cases = {case.name: {**record, **changed}} if changed != {"absent": True} else {}
-        golden.write_text(json.dumps({"triton": version, "cases": cases}))
-        code = aot.main(["--sm", "90", "--only", case.name, "--diff", str(golden)])
+        path.write_text(json.dumps({"triton": version, "cases": cases}))
+        code = aot.main(["--sm", "90", "--only", case.name, "--diff", str(path)])
         out = capsys.readouterr().out
         assert "sm_90: 1 programs" in out
         return code, out.partition("changes since golden.json:\n")[2]
@@ -66,31 +66,37 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == (0, "  nothing changed in 1 programs\n")
     code, out = run(registers=record["registers"] - 20, tma_loads=2, issue=record["issue"] * 2)
     assert code == 1 and f"registers {record['registers'] - 20} -> {record['registers']} (worse)" in out
-    assert "tma_loads 2 -> 0" in out and "issue" in out and out.count("(worse)") == 1 and aot.ACCEPT in out
+    assert "tma_loads 2 -> 0" in out and "issue" in out and out.count("(worse)") == 1 and golden.ACCEPT in out
     code, out = run(registers=record["registers"] - 1)
     assert code == 0 and "registers" in out and "(worse)" not in out
     code, out = run(absent=True)
     assert code == 1 and out.startswith(f"  new: {case.name}")
     code, out = run(version="0.0", registers=1)
     assert code == 0 and "not compared: golden.json is of triton 0.0" in out
-    golden.write_text("{")
+    path.write_text("{")
     with pytest.raises(SystemExit) as end:
-        aot.main(["--sm", "90", "--only", case.name, "--diff", str(golden)])
+        aot.main(["--sm", "90", "--only", case.name, "--diff", str(path)])
     assert end.value.code == 2 and "golden.json is no golden file" in capsys.readouterr().err
 
 
 def test_what_is_worse() -> None:
-    golden = {"registers": 100, "spills": 0, "shared": 49152, "mma": 8, "tma_loads": 6, "tma_stores": 1, "issue": 1.0}
+    before = {"registers": 100, "spills": 0, "shared": 49152, "mma": 8, "tma_loads": 6, "tma_stores": 1, "issue": 1.0}
+    before |= {"loop 0": 0.5, "loop 1": 0.8}
     for name, still, worse in (
         ("registers", 108, 109),
         ("spills", 0, 4),
         ("shared", 50176, 50177),
         ("issue", 1.04, 1.06),
+        ("loop 1", 0.83, 0.85),
     ):
-        assert not aot.changes({**golden, name: still}, golden).get(name, "").endswith("(worse)")
-        assert aot.changes({**golden, name: worse}, golden)[name].endswith("(worse)")
-    assert aot.changes({**golden, "mma": 4}, golden) == {"mma": "mma 8 -> 4"}
-    lines, bad = aot.diff({}, aot.GOLDEN)
+        assert not golden.changes({**before, name: still}, before).get(name, "").endswith("(worse)")
+        assert golden.changes({**before, name: worse}, before)[name].endswith("(worse)")
+    assert golden.changes({**before, "mma": 4}, before) == {"mma": "mma 8 -> 4"}
+    del before["loop 1"]
+    now = {**before, "loop 0": 0.9, "loop 2": 2.0}
+    assert golden.changes(now, before) == {"loop 0": "loop 0 0.5 -> 0.9 (worse)", "loop 2": "loop 2 appeared"}
+    assert golden.changes(before, now)["loop 2"] == "loop 2 disappeared"
+    lines, bad = golden.diff({})
     if GOLDEN["triton"] == triton.__version__:
         assert bad and len(lines) == len(GOLDEN["cases"]) and lines[0].startswith("gone: ")
 
@@ -132,7 +138,7 @@ def test_a_case_that_does_not_compile_names_itself_and_the_reason() -> None:
     case = next(case for case in CASES.values() if case.kernel == "add_relu")
     broken = replace(case, name="broken", launch=case.launch._replace(kwargs={**case.launch.kwargs, "num_warps": 3}))
     with pytest.raises(RuntimeError, match=r"broken does not compile for sm_90: .*num_warps"):
-        aot.compile_case(broken)
+        codegen.compile_case(broken)
 
 
 def test_unknown_architecture() -> None:

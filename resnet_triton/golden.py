@@ -1,0 +1,134 @@
+"""Whether a program's machine code is good, and no worse than the figures that ``tests/codegen/golden.json`` keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import triton
+
+from .codegen import SHARED_LIMIT, Case, Metrics, compile_case
+from .kernels.config import CHAIN_KERNELS, KERNELS
+from .kernels.geometry import ChainShape
+
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codegen" / "golden.json"
+PRESSURE_BOUND = 0.7  # of TMA kernels whose tile needs the tensor cores longer than device memory
+ROOF_BOUND = 1.0  # of all
+#: Kernels of which every load and store is a TMA box.
+TMA_KERNELS = set(KERNELS + CHAIN_KERNELS) - {"conv_pointer"}
+#: Golden figures that begin with one of these are instructions.
+PRESSURES = ("issue", "loop")
+#: Changes of the golden figures that are noise: registers, bytes of shared memory, and the share of the issue figures.
+REGISTER_TOLERANCE, SHARED_TOLERANCE, ISSUE_TOLERANCE = 8, 1024, 0.05
+ACCEPT = "to accept: `python -m resnet_triton.aot --golden`, then commit tests/codegen/golden.json"
+
+
+def problems(case: Case, metrics: Metrics) -> list[str]:
+    """What is wrong with a case, in words; empty if nothing is."""
+    found = []
+    if metrics.spill_bytes or metrics.local_accesses:
+        found.append(f"spills {metrics.spill_bytes} bytes ({metrics.local_accesses} accesses to local memory)")
+    if metrics.shared_bytes > SHARED_LIMIT[case.sm]:
+        found.append(f"needs {metrics.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[case.sm]}")
+    if case.kernel in TMA_KERNELS and not (metrics.tma_loads and (metrics.tma_stores or _stores_some_pixels(case))):
+        found.append("loads or stores without TMA")
+    if case.config and not case.tensor_cores:  # its multiply-adds alone fill the issue slots
+        return found if metrics.ffma else [*found, "has no FFMA"]
+    if case.config and not compile_case(case).listing.count(_expected_opcode(case)):
+        found.append(f"has no {_expected_opcode(case)}")
+    if metrics.tensor_bound and case.kernel != "conv_pointer":
+        found += _beyond(metrics.pressure, PRESSURE_BOUND, "pressure")
+    return found + _beyond(metrics.issue_over_roof, ROOF_BOUND, f"issue/roof ({metrics.limit})")
+
+
+def _beyond(value: float | None, bound: float, name: str) -> list[str]:
+    return [] if value is None or value < bound else [f"{name} is {value:.2f}, the bound is {bound}"]
+
+
+def _stores_some_pixels(case: Case) -> bool:
+    """Whether a kernel stores nothing but every second row and column, which no TMA box can."""
+    shape = case.uses[0].shape
+    return isinstance(shape, ChainShape) and shape.subsample > 1 and shape.reduce is None
+
+
+def _expected_opcode(case: Case) -> str:
+    """The matrix instruction of an architecture; tiles of less than 64 rows are too small for those of a warp group."""
+    wide = case.config is not None and case.config.bm >= 64
+    return {90: "HGMMA", 100: r"UTC\w*MMA"}.get(case.sm, "HMMA") if wide else "HMMA"
+
+
+def golden_record(metrics: Metrics) -> dict[str, float]:
+    """The figures that tests/codegen/golden.json keeps of a case; ``loop 0`` is the pressure of its first loop."""
+    issue = metrics.tile_instructions if metrics.pressure is None else metrics.pressure
+    return {
+        "registers": metrics.registers,
+        "spills": metrics.spill_bytes,
+        "shared": metrics.shared_bytes,
+        "mma": metrics.tensor_core or metrics.ffma,
+        "tma_loads": metrics.tma_loads,
+        "tma_stores": metrics.tma_stores,
+        "issue": round(issue, 3),
+        **{f"loop {i}": round(loop.pressure, 3) for i, loop in enumerate(metrics.loops)},
+    }
+
+
+def changes(now: dict[str, float], golden: dict[str, float]) -> dict[str, str]:
+    """What differs from the golden figures, in words by name; those beyond the tolerance end in ``(worse)``.
+
+    Fewer or more matrix and TMA instructions are neither better nor worse (:func:`problems` finds none at all).
+    """
+    bounds: dict[str, float] = {
+        "registers": golden["registers"] + REGISTER_TOLERANCE,
+        "spills": golden["spills"],
+        "shared": golden["shared"] + SHARED_TOLERANCE,
+    }
+    bounds |= {name: figure * (1 + ISSUE_TOLERANCE) for name, figure in golden.items() if name.startswith(PRESSURES)}
+    found = {}
+    for name in golden | now:
+        before, after = golden.get(name), now.get(name)
+        if before is None or after is None:
+            found[name] = f"{name} {'appeared' if before is None else 'disappeared'}"
+        elif before != after:
+            worse = " (worse)" if after > bounds.get(name, after) else ""
+            found[name] = f"{name} {before:g} -> {after:g}{worse}"
+    return found
+
+
+def regressions(metrics: Metrics, golden: dict[str, float]) -> list[str]:
+    """Golden figures that got worse by more than the tolerance, in words."""
+    return [text for text in changes(golden_record(metrics), golden).values() if text.endswith("(worse)")]
+
+
+def diff(now: dict[str, dict[str, float]], path: Path = GOLDEN, complete: bool = True) -> tuple[list[str], bool]:
+    """Lines that say what changed since a golden file, and whether it must be accepted or mended.
+
+    Args:
+        now: the record of each case by its name.
+        path: of the golden file.
+        complete: whether ``now`` holds every case, so that what is missing is gone.
+
+    Raises:
+        ValueError: the file is missing or not a golden file.
+    """
+    try:
+        data = json.loads(path.read_text())
+        version, golden = data["triton"], data["cases"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no golden file ({error}); `python -m resnet_triton.aot --golden` makes one"
+        ) from None
+    if version != triton.__version__:
+        return [f"not compared: {path.name} is of triton {version}, this is {triton.__version__}"], False
+    lines, bad = [], False
+    for name, record in now.items():
+        if name not in golden:
+            lines.append(f"new: {name}")
+            bad = True
+        elif found := changes(record, golden[name]):
+            lines.append(f"{name}: {', '.join(found.values())}")
+            bad |= any(text.endswith("(worse)") for text in found.values())
+    if complete:
+        gone = [name for name in golden if name not in now]
+        lines += [f"gone: {name}" for name in gone]
+        bad |= bool(gone)
+    return lines or [f"nothing changed in {len(now)} programs"], bad
