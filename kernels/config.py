@@ -12,6 +12,8 @@ from .geometry import ConvShape, cdiv
 
 #: Fewer tiles than this leave more than half of a large GPU's multiprocessors idle.
 FEW_TILES = 66
+#: A strip of rows loads and multiplies two rows more than it stores.
+SHORTEST_STRIP = 4
 #: Kernels of one convolution, and those of several.
 KERNELS = ("conv_tma", "conv1x1", "conv_pointer", "conv_rolling")
 CHAIN_KERNELS = ("conv_chain", "chain_rolling")
@@ -132,6 +134,18 @@ def reduction_steps(config: ConvConfig, shape: ConvShape) -> int:
     return shape.r * shape.s * cdiv(shape.c, config.bk)
 
 
+def count_tiles(config: ConvConfig, shape: ConvShape) -> int:
+    """Output tiles of a convolution (strips of a rolling kernel); ``config.split`` programs compute each."""
+    tn, th, tw = config.box
+    if config.kernel == "conv_tma":
+        rows = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
+    elif config.kernel == "conv_rolling":  # each column of tiles has a row that separates it from the next
+        rows = cdiv(cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1), th)
+    else:
+        rows = cdiv(shape.m, config.bm)
+    return rows * cdiv(shape.k, config.bn)
+
+
 def tma_describable(shape: ConvShape, itemsize: int) -> bool:
     """Whether tensor maps can describe this convolution: 16-byte rows, stride 1, or stride 2 on an even image."""
     aligned = shape.c * itemsize % 16 == 0 and shape.k * itemsize % 16 == 0
@@ -150,11 +164,15 @@ def runs_on(config: ConvConfig, shape: ConvShape, itemsize: int) -> bool:
         return False
     if config.split > reduction_steps(config, shape):
         return False
-    # no side of a TMA box may exceed 256
-    if not tma_describable(shape, itemsize) or max(*config.box, config.bn, config.bk) > 256:
+    tn, rows, tw = config.box
+    sides = (tn, 1 if config.kernel in ROLLING_KERNELS else rows, tw, config.bn, config.bk)
+    if not tma_describable(shape, itemsize) or max(sides) > 256:  # the longest side of a TMA box
         return False
     if config.kernel == "conv1x1":
         return shape.pointwise
+    if config.kernel == "conv_rolling":
+        same = (shape.r, shape.s, shape.stride, shape.padding, shape.dilation) == (3, 3, 1, 1, 1)
+        return same and config.bk == shape.c <= 128
     return shape.stride == 1 or shape.c % config.bk == 0
 
 
@@ -163,8 +181,10 @@ def heuristic(shape: ConvShape, itemsize: int, tma: bool) -> ConvConfig:
     return alternatives(shape, itemsize, tma)[0]
 
 
-def alternatives(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]:
+def alternatives(shape: ConvShape, itemsize: int, tma: bool, multiprocessors: int = 132) -> list[ConvConfig]:
     """Configurations from the shape alone, none of which spills on sm_90; which is best depends on the GPU.
+
+    ``multiprocessors`` sets the length of a rolling kernel's strips.
 
     Four warps for a 128x128 or 256x64 tile rather than eight: each warp then owns twice the rows, so the main loop's
     scalar instructions, which every warp issues, are shared by twice the tensor-core work. A tile of 256x128 reads a
@@ -192,7 +212,36 @@ def alternatives(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]
     configs = [ConvConfig("conv_tma", least_waste_box(shape, bm), bn, bk, 4, stages)]
     if wide:
         configs.append(ConvConfig("conv_tma", least_waste_box(shape, 256), bn, bk, 8))
+    rolling = rolling_config(shape, multiprocessors)
+    if itemsize == 2 and runs_on(rolling, shape, itemsize) and rolling.box[1] >= SHORTEST_STRIP:
+        configs.append(rolling)
     return configs
+
+
+def rolling_config(shape: ConvShape, multiprocessors: int = 132) -> ConvConfig:
+    """``conv_rolling`` for one wave of programs, whether or not it can compute the shape (:func:`runs_on` says so).
+
+    Tiles of 64 pixels by 64 filters in four warps. The machine code for sm_90, 16-bit, BN and ReLU, of one row of tiles
+    (none spills; weights are loaded before the loop; a multiprocessor holds two programs, one where C = 128):
+
+    ======== ========= ========= ============ ============ ========
+    C        residual  registers shared bytes instructions pressure
+    ======== ========= ========= ============ ============ ========
+    64       no        203       106,536      345          0.30
+    64       yes       219       114,744      465          0.40
+    128      no        255       204,840      443          0.19
+    128      yes       255       213,048      562          0.24
+    ======== ========= ========= ============ ============ ========
+
+    Eight warps on 64 pixels would compute most products twice: products that feed one another are spread over the
+    pixels only. Filters times pixels needs the boxes twice in shared memory and spills from 128 pixels on.
+    """
+    bn = min(64, max(16, next_power_of_two(shape.k)))
+    boxes = [(64 >> log, 1 << log) for log in range(7)]
+    tn, tw = min(boxes, key=lambda box: (cdiv(shape.n, box[0]) * cdiv(shape.q, box[1]), -box[1]))
+    programs = max(1, multiprocessors * (2 if shape.c <= 64 else 1) // cdiv(shape.k, bn))
+    rows = cdiv(cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1), programs)
+    return ConvConfig("conv_rolling", (tn, rows, tw), bn, max(16, next_power_of_two(shape.c)), 4, 2)
 
 
 def least_waste_box(shape: ConvShape, bm: int) -> tuple[int, int, int]:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from .devices import Target
-from .kernels.config import ROLLING_KERNELS, ConvConfig, Epilogue, runs_on
+from .kernels.config import ROLLING_KERNELS, ConvConfig, Epilogue, count_tiles, reduction_steps, runs_on
 from .kernels.geometry import ChainShape, ConvShape, cdiv
 
 LAUNCH_US = 2.0  # start and drain of one kernel
+DEPENDENT_LAUNCH_SAVES_US = (
+    1.0  # of it, where a kernel starts while the one before it drains; an estimate, not measured
+)
 LIBRARY_EFFICIENCY = 0.85  # share of the matrix rate that a library's convolution reaches, an estimate
 # Instructions per warp, read off sm_90 machine code (the codegen tests print the table).
 LOOP_INSTRUCTIONS = 115  # of one reduction step, besides the matrix instructions and, without TMA, the addresses
@@ -23,6 +26,13 @@ POINTER_INSTRUCTIONS = 260
 EPILOGUE_INSTRUCTIONS = 300
 EPILOGUE_PER_VALUE = 2.5
 RESIDUAL_PER_VALUE = 2.5
+# Of one row of a rolling convolution: besides its products and values, a matrix instruction, a value, a residual's value;
+# and what a program does once.
+ROLLING_INSTRUCTIONS = 120
+ROLLING_PER_PRODUCT = 2.7
+ROLLING_PER_VALUE = 4.0
+ROLLING_RESIDUAL_PER_VALUE = 3.75
+ROLLING_START = 800
 # Of a chain: one product of the 3x3, and one step of the pointwise loop besides its values.
 CHAIN_PRODUCT = 40
 CHAIN_INSTRUCTIONS = 200
@@ -32,53 +42,94 @@ BARRIERS = 256  # bytes of shared memory for barriers
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds of each limit; ``us`` is the largest plus the launch, ``limit`` its name."""
+    """Microseconds of each limit; ``us`` is the largest, whose name is ``limit``, plus ``extra``.
+
+    ``extra`` is what nothing overlaps: the launch, and the second kernel of a split reduction.
+    """
 
     hbm: float
     l2: float = 0.0
     shared: float = 0.0
     tensor: float = 0.0
     issue: float = 0.0
+    extra: float = LAUNCH_US
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Microseconds by the name of each limit."""
+        return {name: value for name, value in self.__dict__.items() if name != "extra"}
 
     @property
     def limit(self) -> str:
         """The binding resource."""
-        return max(self.__dict__, key=self.__dict__.__getitem__)
+        return max(self.limits, key=self.limits.__getitem__)
 
     @property
     def us(self) -> float:
         """Predicted time in microseconds."""
-        return max(self.__dict__.values()) + LAUNCH_US
+        return max(self.limits.values()) + self.extra
 
 
 def predict(
     shape: ConvShape, epilogue: Epilogue, config: ConvConfig, dtype: torch.dtype, precision: str, target: Target
 ) -> Prediction:
-    """Prices one of this package's kernels."""
-    size = dtype.itemsize
-    bm, bn = config.bm, config.bn
-    if config.kernel == "conv_tma":
-        tn, th, tw = config.box
-        rows = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
-    else:
-        rows = cdiv(shape.m, bm)
-    tiles = rows * cdiv(shape.k, bn)
-    waves = cdiv(tiles, target.multiprocessors) * target.multiprocessors  # a partial wave costs a whole one
-    steps = shape.r * shape.s * cdiv(shape.c, config.bk)
+    """Prices one of this package's kernels, or the two of a split reduction."""
+    if config.kernel == "conv_rolling":
+        return _predict_rolling(shape, epilogue, config, dtype, precision, target)
+    size, bm, bn = dtype.itemsize, config.bm, config.bn
+    programs = count_tiles(config, shape) * config.split
+    waves = cdiv(programs, target.multiprocessors) * target.multiprocessors  # a partial wave costs a whole one
+    steps = cdiv(reduction_steps(config, shape), config.split)  # of one program
     depth = steps * config.bk
+    moved, written, residual = shape.bytes_moved(size, epilogue.residual), 0, epilogue.residual
+    extra = LAUNCH_US - DEPENDENT_LAUNCH_SAVES_US * config.pdl
+    if config.split > 1:  # the first kernel writes the partial sums, the second reads them and has the epilogue
+        written, residual = workspace_bytes(config, shape) // 2, False
+        moved = shape.bytes_moved(size) - shape.m * shape.k * size + written
+        extra = 2 * extra + (written + shape.m * shape.k * size * (1 + epilogue.residual)) / target.hbm_tb_s / 1e6
     cycles = target.multiprocessors * target.clock_ghz * 1e3  # multiprocessor cycles in a microsecond
     values = bm * bn / (32 * config.warps)
     loop = LOOP_INSTRUCTIONS + (POINTER_INSTRUCTIONS if config.kernel == "conv_pointer" else 0)
-    instructions = (
-        steps * loop + EPILOGUE_INSTRUCTIONS + values * (EPILOGUE_PER_VALUE + RESIDUAL_PER_VALUE * epilogue.residual)
-    )
+    instructions = steps * loop + EPILOGUE_INSTRUCTIONS + values * (EPILOGUE_PER_VALUE + RESIDUAL_PER_VALUE * residual)
     return Prediction(
-        hbm=shape.bytes_moved(size, epilogue.residual) / target.hbm_tb_s / 1e6,
-        l2=tiles * (depth * (bm + bn) + bm * bn * epilogue.residual) * size / target.l2_tb_s / 1e6,
+        hbm=moved / target.hbm_tb_s / 1e6,
+        l2=(programs * (depth * (bm + bn) + bm * bn * residual) * size + written) / target.l2_tb_s / 1e6,
         shared=waves * depth * size * (2 * bm + bn + cdiv(bm, 64) * bn) / 128 / cycles,
         tensor=waves * 2 * bm * bn * depth / target.tflops(dtype, precision) / 1e6,
         issue=waves * instructions * config.warps / 4 / cycles,
+        extra=extra,
     )
+
+
+def _predict_rolling(
+    shape: ConvShape, epilogue: Epilogue, config: ConvConfig, dtype: torch.dtype, precision: str, target: Target
+) -> Prediction:
+    """Prices ``conv_rolling``: each step loads a row three times, and nothing overlaps a program's load of its weights."""
+    size, bm, bn, c = dtype.itemsize, config.bm, config.bn, shape.c
+    programs, steps = count_tiles(config, shape), config.box[1] + 2
+    waves = cdiv(programs, target.multiprocessors) * target.multiprocessors
+    weights, loaded = 9 * bn * c, 3 * bm * c  # elements: of a program, and of a step
+    cycles = target.multiprocessors * target.clock_ghz * 1e3
+    products = 9 * cdiv(c, 16) * bm / (16 * config.warps)
+    values = bm * bn / (32 * config.warps)
+    per_value = ROLLING_PER_VALUE + ROLLING_RESIDUAL_PER_VALUE * epilogue.residual
+    instructions = ROLLING_START + steps * (
+        ROLLING_INSTRUCTIONS + ROLLING_PER_PRODUCT * products + per_value * values
+    )
+    return Prediction(
+        hbm=shape.bytes_moved(size, epilogue.residual) / target.hbm_tb_s / 1e6,
+        l2=programs * steps * (loaded + bm * bn * epilogue.residual) * size / target.l2_tb_s / 1e6,
+        # boxes pass through shared memory into registers, weights are read by each group of 64 pixels
+        shared=waves * steps * (2 * loaded + cdiv(bm, 64) * weights) * size / 128 / cycles,
+        tensor=waves * steps * 2 * bm * weights / target.tflops(dtype, precision) / 1e6,
+        issue=waves * instructions * config.warps / 4 / cycles,
+        extra=LAUNCH_US + waves * weights * size / target.l2_tb_s / 1e6,
+    )
+
+
+def workspace_bytes(config: ConvConfig, shape: ConvShape) -> int:
+    """Bytes through device memory of a split reduction's partial sums, fp32, written once and read once; else 0."""
+    return 2 * 4 * config.split * shape.m * shape.k if config.split > 1 else 0
 
 
 def predict_chain(
@@ -127,12 +178,18 @@ def shared_bytes(config: ConvConfig, itemsize: int, residual: bool = False) -> i
     """Estimated shared memory of a kernel in bytes (read off sm_90 programs; the pointer kernel uses at most this).
 
     The staged output and residual reuse the pipeline's memory, except in a persistent ``conv1x1``, which keeps the next
-    tile's loads in flight during the epilogue.
+    tile's loads in flight during the epilogue, and in ``conv_rolling``, which holds its weights besides.
     """
+    if config.kernel == "conv_rolling":
+        weights, box, out = 9 * config.bn * config.bk, config.bm * config.bk, config.bm * config.bn
+        rows = 3 * (config.stages - 1) * box + out * (2 if residual else 1) if config.stages > 1 else max(box, out)
+        return (weights + rows) * itemsize + BARRIERS
     pipeline = config.stages * (config.bm + config.bn) * config.bk * itemsize
     if config.kernel == "conv_pointer":
         return pipeline
     staged = config.bm * config.bn * itemsize * (2 if residual else 1)
+    if config.split > 1:
+        staged = config.bm * config.bn * 4
     if config.persistent:
         return pipeline + staged + BARRIERS
     return max(pipeline, staged) + BARRIERS
@@ -170,6 +227,14 @@ def library_us(moved: int, macs: int, dtype: torch.dtype, target: Target) -> tup
     return max(us, product), "hbm" if us >= product else "tensor"
 
 
+def ideal_us(moved: int, macs: int, dtype: torch.dtype, target: Target) -> float:
+    """Microseconds that a GPU needs at least: bytes at its full bandwidth, or products at its full matrix rate."""
+    memory = moved / target.hbm_tb_s / 1e6
+    if not macs or dtype == torch.float64:  # whose rate is not known
+        return memory
+    return max(memory, 2 * macs / target.tflops(dtype, "tf32") / 1e6)
+
+
 def unfused_bytes(shape: ConvShape, epilogue: Epilogue, itemsize: int) -> int:
     """Bytes through device memory of the convolution and its separate passes."""
     output = shape.m * shape.k * itemsize
@@ -183,8 +248,9 @@ def stem_bytes(shape: ConvShape, itemsize: int) -> int:
 
 
 def head_bytes(n: int, c: int, k: int, pixels: int, itemsize: int) -> int:
-    """Bytes of global average pool and fully connected layer, ours and the library's alike."""
-    return itemsize * (n * c * (pixels + 2) + c * k + n * k)
+    """Bytes of global average pool (none of one pixel) and fully connected layer, ours and the library's alike."""
+    features = n * c * (pixels + 2 if pixels > 1 else 1)
+    return itemsize * (features + c * k + n * k)
 
 
 def memory_us(moved: int, target: Target, launches: int = 1) -> float | None:

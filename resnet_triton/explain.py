@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import structure
 from .backend import current_backend
 from .convert import is_block, is_converted
-from .cost import library_us
+from .cost import ideal_us, library_us
 from .devices import Target, target_of
 from .ops import IMPLEMENTATIONS
 from .plan import library_of
@@ -66,6 +66,9 @@ class Row:
         bytes: through device memory.
         reason: why it runs so.
         limit: the resource that bounds it by the cost model, or ``""``.
+        weight_bytes: the weights' share of ``bytes``.
+        roofline: share of the time that the step needs at least, by its bytes at the device's full bandwidth or its
+            products at the full matrix rate, in its measured or predicted time; None where neither is known.
     """
 
     name: str
@@ -77,6 +80,8 @@ class Row:
     bytes: int
     reason: str
     limit: str = ""
+    weight_bytes: int = 0
+    roofline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +104,13 @@ class Plan:
 
     @property
     def bytes_per_image(self) -> float:
-        """Bytes through device memory of one forward, weights included, divided by the batch."""
-        return sum(row.bytes for row in self.rows) / max(1, self.input_shape[0])
+        """Bytes of activations through device memory of one forward, divided by the batch."""
+        return sum(row.bytes - row.weight_bytes for row in self.rows) / max(1, self.input_shape[0])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights through device memory of one forward."""
+        return sum(row.weight_bytes for row in self.rows)
 
     @property
     def predicted_us(self) -> float | None:
@@ -119,19 +129,20 @@ class Plan:
         plot_plan(self, path)
 
     def __str__(self) -> str:
-        head = ("layer", "op", "runs as", "config", "MB", "predicted us", "measured us", "limit", "reason")
+        head = ("layer", "op", "runs as", "config", "MB", "predicted us", "measured us", "limit", "roof", "reason")
         lines: list[tuple[str, ...]] = [head]
         for row in self.rows:
             times = ("" if us is None else f"{us:.1f}" for us in (row.predicted_us, row.measured_us))
-            lines.append(
-                (row.name, row.op, row.realisation, row.config, f"{row.bytes / 1e6:.2f}", *times, row.limit, row.reason)
-            )
+            roof = "" if row.roofline is None else f"{row.roofline:.0%}"
+            what = (row.name, row.op, row.realisation, row.config, f"{row.bytes / 1e6:.2f}")
+            lines.append((*what, *times, row.limit, roof, row.reason))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
         table = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]]) for line in lines]
         own = sum(row.realisation not in ("cudnn", "onednn", "aten") for row in self.rows)
         table.append(
             f"{len(self.rows)} steps, {own} on this package's kernels; "
-            f"{self.bytes_per_image / 1e6:.1f} MB an image on {self.device}, {self.dtype}"
+            f"{self.bytes_per_image / 1e6:.1f} MB an image on {self.device}, {self.dtype}, "
+            f"and {self.weight_bytes / 1e6:.1f} MB of weights"
         )
         table.append(f"backward: {self.backward}")
         return "\n".join(line.rstrip() for line in table)
@@ -140,9 +151,9 @@ class Plan:
 class _Tracer(TorchDispatchMode):
     """Turns each operator of a shape-only forward into rows."""
 
-    def __init__(self, target: Target, names: dict[int, str], reasons: dict[str, str]) -> None:
+    def __init__(self, target: Target, dtype: torch.dtype, names: dict[int, str], reasons: dict[str, str]) -> None:
         super().__init__()
-        self.target, self.names, self.reasons = target, names, reasons
+        self.target, self.dtype, self.names, self.reasons = target, dtype, names, reasons
         self.rows: list[Row] = []
         self.steps: list[tuple[str, Step]] = []
         self.place = ""
@@ -170,12 +181,22 @@ class _Tracer(TorchDispatchMode):
         w = step.weight
         if step.op == "conv" and w is not None and not w.is_contiguous(memory_format=torch.channels_last):
             reason += "; its K,C,R,S weight is repacked on each call: model.to(memory_format=torch.channels_last)"
-        op = f"{step.op} {step.shape} {step.epilogue}" if step.shape else step.op
+        op = " ".join(str(part) for part in (step.op, step.shape, step.epilogue) if part is not None)
         config = str(choice.config) if choice.config else ""
         predicted, limit = choice.predicted_us, choice.limit
         if predicted is None and choice.measured_us is None:
             predicted, limit = library_us(step.bytes, 0, torch.float32, self.target)
-        return Row(self.place, op, choice.realisation, config, predicted, choice.measured_us, step.bytes, reason, limit)
+        macs = step.shape.macs if step.shape else 0
+        roofline = self._roofline(step.bytes, macs, self.dtype, choice.measured_us or predicted)
+        return Row(
+            self.place, op, choice.realisation, config, predicted, choice.measured_us, step.bytes, reason, limit,
+            step.weight_bytes, roofline,
+        )  # fmt: skip
+
+    def _roofline(self, moved: int, macs: int, dtype: torch.dtype, us: float | None) -> float | None:
+        if not us or not self.target.is_cuda:
+            return None
+        return min(1.0, ideal_us(moved, macs, dtype, self.target) / us)
 
     def _eager(self, op: str, args: Sequence[object], out: object) -> Row:
         self.place = self._find(args) or self.place
@@ -184,8 +205,13 @@ class _Tracer(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in (*_tensors(args), *_tensors(out)))
         library = library_of(self.target) if op in ("conv", "batch_norm") else "aten"
         tensors = _tensors(out)
-        us, limit = library_us(moved, _multiply_adds(op, args, tensors[0]), tensors[0].dtype, self.target)
-        return Row(self.place, op, library, "", us, None, moved, reason, limit)
+        macs, dtype = _multiply_adds(op, args, tensors[0]), tensors[0].dtype
+        us, limit = library_us(moved, macs, dtype, self.target)
+        weights = [t for t in args if isinstance(t, Tensor) and id(t) in self.names]
+        read = sum(t.numel() * t.element_size() for t in weights)
+        return Row(
+            self.place, op, library, "", us, None, moved, reason, limit, read, self._roofline(moved, macs, dtype, us)
+        )
 
 
 def _multiply_adds(op: str, args: Sequence[Any], out: Tensor) -> int:
@@ -292,7 +318,7 @@ def _trace(
             fake = fake.to(dtype)
         fakes[name] = fake
         names[id(fake)] = name.rpartition(".")[0]
-    tracer = _Tracer(target, names, reasons_not_fused(model))
+    tracer = _Tracer(target, dtype, names, reasons_not_fused(model))
     with mode, torch.no_grad():
         x = torch.empty(shape, dtype=getattr(model, "input_dtype", dtype), device=first.device)
         try:

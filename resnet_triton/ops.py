@@ -209,6 +209,7 @@ def head(x, weight, bias):
         lambda: reference.head(x, weight, bias),
         lambda: plan.cost.head_bytes(n, c, k, x.shape[2] * x.shape[3], x.element_size()),
         weight=weight,
+        weight_bytes=c * k * x.element_size(),
     )
 
 

@@ -20,6 +20,7 @@ from . import cost, onednn, tuning
 from .devices import Target, known_devices
 from .kernels.config import ConvConfig, Epilogue, alternatives
 from .kernels.geometry import ConvShape
+from .kernels.small_grid import small_grid_configs
 
 logger = logging.getLogger("resnet_triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -245,8 +246,8 @@ def choose_stem(
 
 
 def choose_head(n: int, c: int, k: int, dtype: torch.dtype, target: Target, backend: str, pixels: int = 49) -> Choice:
-    """Chooses how global average pool (over ``pixels``) and fully connected layer run."""
-    work = (cost.head_bytes(n, c, k, pixels, dtype.itemsize), 2)
+    """Chooses how global average pool (over ``pixels``; none of one) and fully connected layer run."""
+    work = (cost.head_bytes(n, c, k, pixels, dtype.itemsize), 1 + (pixels > 1))
     choice = choose_step("head", target, dtype, backend, work, work)
     if not choice.fused:
         return choice
@@ -263,6 +264,8 @@ def tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 def own_configs(shape: ConvShape, dtype: torch.dtype, precision: str, target: Target) -> list[ConvConfig]:
     """The configurations of this package's kernels that need no measurement: they fit and do not spill."""
     configs = alternatives(shape, dtype.itemsize, target.tma and tensor_cores(dtype, precision))
+    if target.sm >= 90:
+        configs += small_grid_configs(configs[0], shape, target.multiprocessors)
     if target.sm >= 100:  # 128x128 tiles of four warps spill there, without tensor cores any wider than 32
         widest = 128 if tensor_cores(dtype, precision) else 32
         configs = [replace(config, warps=8, bn=min(config.bn, widest)) for config in configs]

@@ -218,17 +218,24 @@ def _run_chain(chain: Chain, t: Tensor, shortcut: Tensor, units: Units) -> tuple
 
 
 def _subsample_step(y: Tensor, step: int) -> Tensor:
-    """Every ``step``-th row and column, as a copy."""
+    """Every ``step``-th row and column, copied: max-pooling with a window of one pixel."""
     n, k, p, q = y.shape
-    choice = plan.Choice("aten", None, "the kernel before stores every pixel, the shortcut reads some")
-    pixels = n * k * cdiv(p, step) * cdiv(q, step)
+    size = (cdiv(p, step), cdiv(q, step))
+    moved = 2 * n * k * size[0] * size[1] * y.element_size()
+    choice = _moving("max_pool", y, moved)
+
+    def launch(out: Tensor) -> None:
+        from .kernels.pool import launch_max_pool
+
+        launch_max_pool(nhwc(y), out.permute(0, 2, 3, 1), 1, step, 0)
+
     return run(
         "subsample",
         choice,
-        lambda: new_channels_last(y, n, k, cdiv(p, step), cdiv(q, step)),
-        lambda out: None,
+        lambda: new_channels_last(y, n, k, *size),
+        launch,
         lambda: y[:, :, ::step, ::step],
-        lambda: 2 * pixels * y.element_size(),
+        lambda: moved,
     )
 
 
@@ -236,9 +243,7 @@ def _average_step(y: Tensor) -> Tensor:
     """The average over the image."""
     n, k, p, q = y.shape
     moved = n * k * (p * q + 1) * y.element_size()
-    choice = plan.choose_step(
-        "global_avg_pool", target_for(y), y.dtype, backend.current_backend(), (moved, 1), (moved, 1)
-    )
+    choice = _moving("global_avg_pool", y, moved)
 
     def launch(out: Tensor) -> None:
         from .kernels.pool import launch_global_avg_pool
@@ -253,3 +258,7 @@ def _average_step(y: Tensor) -> Tensor:
         lambda: channels_last(y.mean((2, 3), keepdim=True)),
         lambda: moved,
     )
+
+
+def _moving(step: str, y: Tensor, moved: int) -> plan.Choice:
+    return plan.choose_step(step, target_for(y), y.dtype, backend.current_backend(), (moved, 1), (moved, 1))
