@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import plan, tuning
+from . import cost, plan, tuning
 from .codegen import (
     DEVICES,
     SHARED_LIMIT,
@@ -161,10 +161,19 @@ class _Kernels:
         """One convolution; ``config`` None is what runs where nothing was measured."""
         _, shape, epilogue = site
         config = config or plan.own_config(shape, epilogue, self.dtype, self.precision, self.target)
-        moved = shape.bytes_moved(self.dtype.itemsize, epilogue.residual)
-        target = self.target
-        for launch in conv_launches(shape, epilogue, self.dtype, self.precision, config, target.multiprocessors):
-            yield self._case(launch, label, moved, shape.m * shape.k, shape, config, epilogue)
+        size, outputs = self.dtype.itemsize, shape.m * shape.k
+        launches = conv_launches(shape, epilogue, self.dtype, self.precision, config, self.target.multiprocessors)
+        if config.split == 1:
+            (launch,) = launches
+            moved = shape.bytes_moved(size, epilogue.residual)
+            yield self._case(launch, label, moved, outputs, shape, config, epilogue)
+            return
+        parts, last = launches
+        workspace = cost.workspace_bytes(config, shape) // 2  # written by the first kernel, read by the second
+        moved = shape.bytes_moved(size) - size * outputs + workspace
+        yield self._case(parts, label, moved, config.split * outputs, shape, config, Epilogue())
+        moved = workspace + size * outputs * (1 + epilogue.residual)
+        yield self._case(last, label, moved, outputs, epilogue=epilogue)
 
     def stem(self, batch: int) -> Iterator[Case]:
         """Rearranging an image (of the model's dtype, or bytes), packing the weight, the convolution on cells."""
@@ -278,7 +287,7 @@ def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, ep
     tiling = str(config).replace(" ", "_") if config else f"w{launch.kwargs.get('num_warps', 4)}"
     exact = precision if config and types[0] == "fp32" else ""
     kinds = ",".join(dict.fromkeys(types))
-    parts = (f"sm{sm}", launch.kernel.__name__, kinds, exact, tiling, "_".join(constants), str(epilogue or ""))
+    parts = (f"sm{sm}", launch.kernel.__name__, kinds, exact, tiling, "_".join(constants), str(epilogue or "").strip("-"))
     return "-".join(part for part in (*parts, "_".join(hints)) if part)
 
 

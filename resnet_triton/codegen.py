@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 from . import cost, sass
 from .devices import Target, known_devices
 from .issue import IssueCount, count_issued
-from .kernels.config import ConvConfig, Epilogue
+from .kernels.config import ConvConfig, Epilogue, count_tiles
 from .kernels.geometry import ChainShape, ConvShape, cdiv
 from .nests import Loop, nest_of
 
@@ -364,7 +364,7 @@ def _tiles(case: Case, use: Use) -> int:
     if not case.persistent:
         return use.programs
     assert isinstance(use.shape, ConvShape) and case.config
-    return cdiv(use.shape.m, case.config.bm) * cdiv(use.shape.k, case.config.bn)
+    return count_tiles(case.config, use.shape)
 
 
 def _macs_per_cycle(case: Case) -> float:

@@ -153,8 +153,8 @@ def count_issued(
         matches = _largest(body, scope, nest, sized=not tensor_cores)
     if matches is None:
         raise ValueError(
-            f"products {body.describe(scope)} in the listing do not fit the source's loops {tuple(nest)}; in a small tile, "
-            "groups of warps may repeat each other's products"
+            f"products {body.describe(scope)} in the listing do not fit the source's loops {tuple(nest)}; "
+            "in a small tile, groups of warps may repeat each other's products"
         )
     counts = tuple(_counts(body, matches, 1, 0))
     return IssueCount(counts, body.issued(scope - _blocks(matches)), body.issued(body.blocks - scope))

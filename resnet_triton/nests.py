@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kernels.config import ConvConfig
+from .kernels.config import ConvConfig, reduction_steps
 from .kernels.geometry import ChainShape, ConvShape, cdiv
 
 
@@ -44,14 +44,14 @@ class Loop:
 
 
 def nest_of(shape: ConvShape | ChainShape, config: ConvConfig) -> tuple[Loop, ...]:
-    """The loops for one output tile (one strip of a rolling kernel), in their order."""
+    """The loops of one program for one output tile (one strip of a rolling kernel), in their order."""
     if isinstance(shape, ChainShape):
         return _chain(shape, config)
     bm, bn, bk = config.bm, config.bn, config.bk
     if config.kernel == "conv_rolling":
         rows = config.box[1]
         return (Loop(rows + 2, 9 * bm * bn * shape.c, taken=rows),)
-    return (Loop(shape.r * shape.s * cdiv(shape.c, bk), bm * bn * bk),)
+    return (Loop(cdiv(reduction_steps(config, shape), config.split), bm * bn * bk),)
 
 
 def _chain(shape: ChainShape, config: ConvConfig) -> tuple[Loop, ...]:
