@@ -181,10 +181,10 @@ def heuristic(shape: ConvShape, itemsize: int, tma: bool) -> ConvConfig:
     return alternatives(shape, itemsize, tma)[0]
 
 
-def alternatives(shape: ConvShape, itemsize: int, tma: bool, multiprocessors: int = 132) -> list[ConvConfig]:
+def alternatives(shape: ConvShape, itemsize: int, tma: bool, multiprocessors: int = 0) -> list[ConvConfig]:
     """Configurations from the shape alone, none of which spills on sm_90; which is best depends on the GPU.
 
-    ``multiprocessors`` sets the length of a rolling kernel's strips.
+    ``multiprocessors`` sets the length of a rolling kernel's strips (0: those of an H200).
 
     Four warps for a 128x128 or 256x64 tile rather than eight: each warp then owns twice the rows, so the main loop's
     scalar instructions, which every warp issues, are shared by twice the tensor-core work. A tile of 256x128 reads a
@@ -218,8 +218,8 @@ def alternatives(shape: ConvShape, itemsize: int, tma: bool, multiprocessors: in
     return configs
 
 
-def rolling_config(shape: ConvShape, multiprocessors: int = 132) -> ConvConfig:
-    """``conv_rolling`` for one wave of programs, whether or not it can compute the shape (:func:`runs_on` says so).
+def rolling_config(shape: ConvShape, multiprocessors: int = 0) -> ConvConfig:
+    """``conv_rolling`` in one wave of programs, whether or not it can compute the shape (:func:`runs_on` says so).
 
     Tiles of 64 pixels by 64 filters in four warps. The machine code for sm_90, 16-bit, BN and ReLU, of one row of tiles
     (none spills; weights are loaded before the loop; a multiprocessor holds two programs, one where C = 128):
@@ -239,7 +239,8 @@ def rolling_config(shape: ConvShape, multiprocessors: int = 132) -> ConvConfig:
     bn = min(64, max(16, next_power_of_two(shape.k)))
     boxes = [(64 >> log, 1 << log) for log in range(7)]
     tn, tw = min(boxes, key=lambda box: (cdiv(shape.n, box[0]) * cdiv(shape.q, box[1]), -box[1]))
-    programs = max(1, multiprocessors * (2 if shape.c <= 64 else 1) // cdiv(shape.k, bn))
+    resident = max(1, 128 // shape.c)  # programs on a multiprocessor
+    programs = max(1, (multiprocessors or 132) * resident // cdiv(shape.k, bn))
     rows = cdiv(cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1), programs)
     return ConvConfig("conv_rolling", (tn, rows, tw), bn, max(16, next_power_of_two(shape.c)), 4, 2)
 

@@ -18,7 +18,7 @@ import torch
 
 from . import cost, onednn, tuning
 from .devices import Target, known_devices
-from .kernels.config import ConvConfig, Epilogue, alternatives
+from .kernels.config import ROLLING_KERNELS, ConvConfig, Epilogue, alternatives
 from .kernels.geometry import ConvShape
 from .kernels.small_grid import small_grid_configs
 
@@ -263,12 +263,15 @@ def tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 
 def own_configs(shape: ConvShape, dtype: torch.dtype, precision: str, target: Target) -> list[ConvConfig]:
     """The configurations of this package's kernels that need no measurement: they fit and do not spill."""
-    configs = alternatives(shape, dtype.itemsize, target.tma and tensor_cores(dtype, precision))
+    tma = target.tma and tensor_cores(dtype, precision)
+    configs = alternatives(shape, dtype.itemsize, tma, target.multiprocessors)
     if target.sm >= 90:
         configs += small_grid_configs(configs[0], shape, target.multiprocessors)
     if target.sm >= 100:  # 128x128 tiles of four warps spill there, without tensor cores any wider than 32
         widest = 128 if tensor_cores(dtype, precision) else 32
-        configs = [replace(config, warps=8, bn=min(config.bn, widest)) for config in configs]
+        # a rolling convolution would move its accumulators between tensor memory and registers at every step
+        tiled = [config for config in configs if config.kernel not in ROLLING_KERNELS]
+        configs = [replace(config, warps=8, bn=min(config.bn, widest)) for config in tiled]
     return configs
 
 

@@ -269,7 +269,8 @@ def conv_step(
 
     def moved() -> int:
         if choice.fused or choice.realisation == "onednn":
-            return shape.bytes_moved(x.element_size(), residual is not None)
+            parts = plan.cost.workspace_bytes(choice.config, shape) if choice.config else 0
+            return shape.bytes_moved(x.element_size(), residual is not None) + parts
         return plan.cost.unfused_bytes(shape, epilogue, x.element_size())
 
     def allocate() -> Tensor:

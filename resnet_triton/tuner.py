@@ -70,7 +70,7 @@ def candidates(
     precision: str = "tf32",
     limit: int = LIMIT,
 ) -> list[ConvConfig]:
-    """The configurations worth measuring, most promising first; those of the plan are always among them.
+    """The configurations worth measuring, most promising first; the one that the plan would take is always among them.
 
     Args:
         shape, dtype: of the convolution.
@@ -92,18 +92,22 @@ def candidates(
         return prediction.us, sum(vars(prediction).values())  # the other limits break ties
 
     known = plan.own_configs(shape, dtype, precision, target)
+    small_grid = any(config.pdl for config in known)
+    if small_grid:
+        known = [known[0], *sorted(known[1:], key=predicted)[: TILES - 1]]
     first = known[0]
-    if first.kernel == "conv1x1":  # the same tile with the other ways to place programs
+    if first.kernel == "conv1x1" and not small_grid:  # the same tile with the other ways to place programs
         others = (replace(first, persistent=n) for n in (0, 1, 2) if n != first.persistent)
         known += [config for config in others if fits(config)]
-    space = [c for c in _tiles(shape, size, tma) if fits(c) and c not in known]
+    space = [c for c in (*_tiles(shape, size, tma), *_strips(known)) if fits(c) and c not in known]
     if target.is_cuda:
         space.sort(key=predicted)
-    chosen = [*known, *space[: TILES - 1]]
+    chosen = [*known, *space[: 2 if small_grid else TILES - 1]]
     steps = shape.r * shape.s * -(-shape.c // first.bk)
     # a long reduction wants more loads in flight, a short one more programs on a multiprocessor
     changes = (1, 2) if steps > 4 else (1, -1)
-    for change, tile in itertools.product(changes, (*space[:1], first, *space[1:2])):
+    deepened = known[1:3] if small_grid else (*space[:1], first, *space[1:2])
+    for change, tile in itertools.product(changes, deepened):
         other = replace(tile, stages=tile.stages + change)
         if fits(other) and other not in chosen:
             chosen.append(other)
@@ -132,6 +136,20 @@ def _tiles(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]:
         for box in _boxes(shape, bm) if kernel == "conv_tma" else [(1, 1, bm)]:
             stages = 3 if (bm + bn) * bk * itemsize <= 48 * 1024 else 2
             found.append(ConvConfig(kernel, box, bn, bk, warps, stages))
+    return found
+
+
+def _strips(known: Sequence[ConvConfig]) -> list[ConvConfig]:
+    """Other rolling convolutions than the one known, if there is one: half the strip, twice the tile, half the filters."""
+    found = []
+    for config in known:
+        tn, rows, tw = config.box
+        if config.kernel == "conv_rolling":
+            found += [
+                replace(config, box=(tn, -(-rows // 2), tw)),
+                replace(config, box=(2 * tn, rows, tw), warps=2 * config.warps),
+            ]
+            found += [replace(config, bn=config.bn // 2)] if config.bn > 16 else []
     return found
 
 
