@@ -26,8 +26,8 @@ POINTER_INSTRUCTIONS = 260
 EPILOGUE_INSTRUCTIONS = 300
 EPILOGUE_PER_VALUE = 2.5
 RESIDUAL_PER_VALUE = 2.5
-# Of one row of a rolling convolution: besides its products and values, a matrix instruction, a value, a residual's value;
-# and what a program does once.
+# Of one row of a rolling convolution: besides what follows, a matrix instruction, a value, a residual's value; and once
+# a program.
 ROLLING_INSTRUCTIONS = 120
 ROLLING_PER_PRODUCT = 2.7
 ROLLING_PER_VALUE = 4.0
@@ -104,7 +104,7 @@ def predict(
 def _predict_rolling(
     shape: ConvShape, epilogue: Epilogue, config: ConvConfig, dtype: torch.dtype, precision: str, target: Target
 ) -> Prediction:
-    """Prices ``conv_rolling``: each step loads a row three times, and nothing overlaps a program's load of its weights."""
+    """Prices ``conv_rolling``: a step loads a row three times, and nothing overlaps a program's load of its weights."""
     size, bm, bn, c = dtype.itemsize, config.bm, config.bn, shape.c
     programs, steps = count_tiles(config, shape), config.box[1] + 2
     waves = cdiv(programs, target.multiprocessors) * target.multiprocessors
@@ -113,9 +113,7 @@ def _predict_rolling(
     products = 9 * cdiv(c, 16) * bm / (16 * config.warps)
     values = bm * bn / (32 * config.warps)
     per_value = ROLLING_PER_VALUE + ROLLING_RESIDUAL_PER_VALUE * epilogue.residual
-    instructions = ROLLING_START + steps * (
-        ROLLING_INSTRUCTIONS + ROLLING_PER_PRODUCT * products + per_value * values
-    )
+    instructions = ROLLING_START + steps * (ROLLING_INSTRUCTIONS + ROLLING_PER_PRODUCT * products + per_value * values)
     return Prediction(
         hbm=shape.bytes_moved(size, epilogue.residual) / target.hbm_tb_s / 1e6,
         l2=programs * steps * (loaded + bm * bn * epilogue.residual) * size / target.l2_tb_s / 1e6,

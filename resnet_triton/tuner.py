@@ -140,7 +140,7 @@ def _tiles(shape: ConvShape, itemsize: int, tma: bool) -> list[ConvConfig]:
 
 
 def _strips(known: Sequence[ConvConfig]) -> list[ConvConfig]:
-    """Other rolling convolutions than the one known, if there is one: half the strip, twice the tile, half the filters."""
+    """Other rolling convolutions than a known one: half the strip, twice the tile, half the filters."""
     found = []
     for config in known:
         tn, rows, tw = config.box
