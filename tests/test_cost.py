@@ -96,6 +96,42 @@ def test_predictions_respect_the_roofline_and_grow_with_the_batch(name: str) -> 
         assert p.us > 30 * (roof / 512) * 8
 
 
+def test_a_shared_reduction() -> None:
+    """8 tiles by 2 programs are two waves of 10, each of 9 steps; 8 bytes of each partial sum are moved."""
+    shared, alone = (predict(epilogue=FULL, config=replace(CONFIG, split=n)) for n in (2, 1))
+    x, w, y = 32 * 32 * 64, 64 * 9 * 64, 32 * 32 * 64
+    parts = 4 * 2 * y
+    assert cost.workspace_bytes(replace(CONFIG, split=2), SHAPE) == 2 * parts
+    assert cost.workspace_bytes(CONFIG, SHAPE) == 0
+    assert shared.hbm == pytest.approx((2 * (x + w) + parts) / 1e6)
+    assert shared.l2 == pytest.approx((16 * 288 * (128 + 64) * 2 + parts) / 2e6)
+    assert shared.tensor == alone.tensor
+    assert shared.extra == pytest.approx(2 * cost.LAUNCH_US + (parts + 2 * 2 * y) / 1e6)
+    assert shared.us == pytest.approx(max(shared.limits.values()) + shared.extra)
+    assert "extra" not in shared.limits and shared.limit in shared.limits
+
+
+def test_a_share_of_a_remainder_is_paid_for() -> None:
+    """18 steps by 4 programs: the longest share has 5."""
+    four, exact = (predict(replace(SHAPE, c=c), config=replace(CONFIG, split=4)) for c in (64, 71))
+    wave = 4 * 10 * 2 * 128 * 64 / 100e6
+    assert four.tensor == pytest.approx(wave * 5 * 32) and exact.tensor == pytest.approx(wave * 7 * 32)
+
+
+def test_a_dependent_launch() -> None:
+    dependent, ordinary = (predict(config=replace(CONFIG, pdl=pdl)) for pdl in (True, False))
+    assert ordinary.us - dependent.us == pytest.approx(cost.DEPENDENT_LAUNCH_SAVES_US)
+    assert dependent.limits == ordinary.limits and 0 < cost.DEPENDENT_LAUNCH_SAVES_US < cost.LAUNCH_US
+    twice = predict(config=replace(CONFIG, pdl=True, split=2))
+    assert predict(config=replace(CONFIG, split=2)).us - twice.us == pytest.approx(2 * cost.DEPENDENT_LAUNCH_SAVES_US)
+
+
+def test_a_shared_tile_is_staged_in_fp32() -> None:
+    config = ConvConfig("conv_tma", (1, 8, 16), 128, 16, stages=1)
+    assert cost.shared_bytes(config, 2) == 128 * 128 * 2 + cost.BARRIERS
+    assert cost.shared_bytes(replace(config, split=2), 2, residual=True) == 128 * 128 * 4 + cost.BARRIERS
+
+
 def test_the_librarys_separate_passes() -> None:
     """BN reads and writes the output, addition reads two and writes one, ReLU reads and writes."""
     y = 32 * 32 * 64 * 2
