@@ -17,6 +17,11 @@ SHORTEST_STRIP = 4
 #: Kernels of one convolution, and those of several.
 KERNELS = ("conv_tma", "conv1x1", "conv_pointer", "conv_rolling")
 CHAIN_KERNELS = ("conv_chain", "chain_rolling")
+#: Kernels at the ends of a network.
+END_KERNELS = ("conv1x1_pool",)
+ALL_KERNELS = KERNELS + CHAIN_KERNELS + END_KERNELS
+#: Kernels that see the output pixels as one row.
+FLAT_KERNELS = ("conv1x1", "conv_pointer", "conv1x1_pool")
 #: Kernels whose program walks down a strip of rows: the box is ``(images, rows of the strip, columns)``.
 ROLLING_KERNELS = ("conv_rolling", "chain_rolling")
 #: Kernels that can share a tile's reduction among programs, and those that can be launched dependently.
@@ -49,9 +54,9 @@ class ConvConfig:
     """Tiling of one convolution kernel, or of one chain of convolutions.
 
     Args:
-        kernel: one of :data:`KERNELS` or :data:`CHAIN_KERNELS`.
-        box: output pixels of a tile as ``(images, rows, columns)``; ``BM`` is their product. ``conv1x1`` and
-            ``conv_pointer`` see the pixels as one row and use ``(1, 1, BM)``. A program of a rolling kernel walks down
+        kernel: one of :data:`ALL_KERNELS`.
+        box: output pixels of a tile as ``(images, rows, columns)``; ``BM`` is their product. :data:`FLAT_KERNELS` see
+            the pixels as one row and use ``(1, 1, BM)``. A program of a rolling kernel walks down
             ``rows``, any number of them, one row of tiles at a time: there ``BM`` is ``images * columns``.
         bn: output channels of a tile; of a chain, the expanded channels that are in work at a time.
         bk: channels of one step of the reduction.
@@ -72,8 +77,8 @@ class ConvConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS + CHAIN_KERNELS:
-            raise ValueError(f"kernel={self.kernel!r} is unknown; allowed: {', '.join(KERNELS + CHAIN_KERNELS)}")
+        if self.kernel not in ALL_KERNELS:
+            raise ValueError(f"kernel={self.kernel!r} is unknown; allowed: {', '.join(ALL_KERNELS)}")
         box = tuple(self.box)
         if len(box) != 3 or not all(isinstance(side, int) and side > 0 for side in box):
             raise ValueError(f"box={self.box!r} must be (images, rows, columns), positive ints")
@@ -123,7 +128,7 @@ class ConvConfig:
         return cls(**{**data, "box": tuple(data["box"])})
 
     def __str__(self) -> str:
-        box = str(self.bm) if self.kernel in ("conv1x1", "conv_pointer") else "x".join(map(str, self.box))
+        box = str(self.bm) if self.kernel in FLAT_KERNELS else "x".join(map(str, self.box))
         persistent = f" p{self.persistent}" if self.persistent else ""
         split = f" /{self.split}" if self.split > 1 else ""
         return f"{box} n{self.bn} k{self.bk} w{self.warps} s{self.stages}{persistent}{split}{' pdl' * self.pdl}"
@@ -141,6 +146,8 @@ def count_tiles(config: ConvConfig, shape: ConvShape) -> int:
         rows = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
     elif config.kernel == "conv_rolling":  # each column of tiles has a row that separates it from the next
         rows = cdiv(cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1), th)
+    elif config.kernel == "conv1x1_pool":  # as many whole images as fit
+        rows = cdiv(shape.n, max(1, config.bm // (shape.p * shape.q)))
     else:
         rows = cdiv(shape.m, config.bm)
     return rows * cdiv(shape.k, config.bn)
@@ -160,7 +167,7 @@ def runs_on(config: ConvConfig, shape: ConvShape, itemsize: int) -> bool:
     """Whether a configuration's kernel can compute this convolution at all."""
     if config.kernel == "conv_pointer":
         return True
-    if config.kernel not in KERNELS:
+    if config.kernel not in KERNELS + END_KERNELS:
         return False
     if config.split > reduction_steps(config, shape):
         return False
@@ -170,6 +177,8 @@ def runs_on(config: ConvConfig, shape: ConvShape, itemsize: int) -> bool:
         return False
     if config.kernel == "conv1x1":
         return shape.pointwise
+    if config.kernel == "conv1x1_pool":
+        return shape.pointwise and shape.p * shape.q <= config.bm
     if config.kernel == "conv_rolling":
         same = (shape.r, shape.s, shape.stride, shape.padding, shape.dilation) == (3, 3, 1, 1, 1)
         return same and config.bk == shape.c <= 128

@@ -77,7 +77,7 @@ def chain_shape(tail: Tail, holds: frozenset[str]) -> ChainShape | None:
     return ChainShape(conv, tail.last, project, reduce, 1 if whole else tail.subsample)
 
 
-def _ways(tail: Tail) -> Iterator[tuple[frozenset[str], ChainShape]]:
+def ways(tail: Tail) -> Iterator[tuple[frozenset[str], ChainShape]]:
     """Every chain of the tail, those of most convolutions first."""
     present = [name for name in OTHERS if getattr(tail, name) is not None]
     for size in range(len(present), 0, -1):
@@ -113,14 +113,14 @@ def choose_chain(tail: Tail, dtype: torch.dtype, precision: str, target: Target,
     if not target.is_cuda:  # in the interpreter: whatever there is a kernel for, the longest chain first
         if backend != "triton":
             return None
-        for holds, shape in _ways(tail):
+        for holds, shape in ways(tail):
             for config in configs_of(shape, dtype, target):
                 return Chain(shape, Choice(config.kernel, config, "use_backend('triton') in the interpreter"), holds)
         return None
     sites = tail.sites()
     apart = {name: plan.choose_conv(*site, dtype, precision, target, backend) for name, site in sites.items()}
     best, best_us = None, _total(apart.values())
-    for holds, shape in _ways(tail):
+    for holds, shape in ways(tail):
         replaced = ("last", *holds)
         choice = _choose(shape, dtype, precision, target)
         if choice is None:
@@ -137,6 +137,40 @@ def choose_chain(tail: Tail, dtype: torch.dtype, precision: str, target: Target,
             text = f"{choice.reason} against {alone:.1f} us one kernel a convolution"
             best, best_us = Chain(shape, replace(choice, reason=text), holds), total
     return best
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_pooled(
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target, backend: str
+) -> Choice | None:
+    """How a network's last convolution runs with the average over the image in its kernel; None where not.
+
+    Args:
+        shape, epilogue: of the convolution, to which a shortcut is added.
+        dtype, precision, target, backend: as in :func:`choose_chain`.
+    """
+    if backend == "cudnn" or refusal_of_chains(target, dtype, precision) or not shape.pointwise:
+        return None
+    if not target.is_cuda and backend != "triton":
+        return None
+    from .kernels.conv1x1_pool import pool_config
+
+    pixels = shape.p * shape.q
+    config = pool_config(shape.n, pixels, shape.c, shape.k, dtype.itemsize)
+    if config is None or not epilogue.residual:
+        return None
+    if not target.is_cuda:
+        return Choice(config.kernel, config, "use_backend('triton') in the interpreter")
+    if not cost.fits(config, shape, dtype.itemsize, True, target):
+        return None
+    ours = cost.predict(shape, epilogue, config, dtype, precision, target)
+    average = cost.memory_us(shape.n * shape.k * (pixels + 1) * dtype.itemsize, target) or 0.0
+    alone = _us(plan.choose_conv(shape, epilogue, dtype, precision, target, backend)) + average
+    library = cost.predict_unfused(shape, epilogue, dtype, precision, target).us + average
+    if ours.us >= alone or (backend != "triton" and ours.us > CLEAR_WIN * library):
+        return None
+    text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {alone:.1f} us with the average apart"
+    return Choice(config.kernel, config, text, ours.us, limit=ours.limit)
 
 
 def _us(choice: Choice) -> float:
@@ -167,4 +201,4 @@ def configs_of(shape: ChainShape, dtype: torch.dtype, target: Target) -> list[Co
     return [config for config in chain_configs(shape, size) if chain_shared_bytes(config, shape, size) <= room]
 
 
-plan.CLEARED.append(choose_chain.cache_clear)
+plan.CLEARED += [choose_chain.cache_clear, choose_pooled.cache_clear]

@@ -26,6 +26,7 @@ POINTER_INSTRUCTIONS = 260
 EPILOGUE_INSTRUCTIONS = 300
 EPILOGUE_PER_VALUE = 2.5
 RESIDUAL_PER_VALUE = 2.5
+POOLED_PER_VALUE = 2  # for each image that a tile of pixels holds
 # Of one row of a rolling convolution: besides what follows, a matrix instruction, a value, a residual's value; and once
 # a program.
 ROLLING_INSTRUCTIONS = 120
@@ -87,10 +88,14 @@ def predict(
         written, residual = workspace_bytes(config, shape) // 2, False
         moved = shape.bytes_moved(size) - shape.m * shape.k * size + written
         extra = 2 * extra + (written + shape.m * shape.k * size * (1 + epilogue.residual)) / target.hbm_tb_s / 1e6
+    per_value = EPILOGUE_PER_VALUE + RESIDUAL_PER_VALUE * residual
+    if config.kernel == "conv1x1_pool":
+        moved = pooled_bytes(shape, size)
+        per_value += POOLED_PER_VALUE * (bm // (shape.p * shape.q))
     cycles = target.multiprocessors * target.clock_ghz * 1e3  # multiprocessor cycles in a microsecond
     values = bm * bn / (32 * config.warps)
     loop = LOOP_INSTRUCTIONS + (POINTER_INSTRUCTIONS if config.kernel == "conv_pointer" else 0)
-    instructions = steps * loop + EPILOGUE_INSTRUCTIONS + values * (EPILOGUE_PER_VALUE + RESIDUAL_PER_VALUE * residual)
+    instructions = steps * loop + EPILOGUE_INSTRUCTIONS + values * per_value
     return Prediction(
         hbm=moved / target.hbm_tb_s / 1e6,
         l2=(programs * (depth * (bm + bn) + bm * bn * residual) * size + written) / target.l2_tb_s / 1e6,
@@ -123,6 +128,11 @@ def _predict_rolling(
         issue=waves * instructions * config.warps / 4 / cycles,
         extra=LAUNCH_US + waves * weights * size / target.l2_tb_s / 1e6,
     )
+
+
+def pooled_bytes(shape: ConvShape, itemsize: int) -> int:
+    """Bytes through device memory of a convolution with residual whose output is only averaged over the image."""
+    return shape.bytes_moved(itemsize, True) + itemsize * (shape.n - shape.m) * shape.k
 
 
 def workspace_bytes(config: ConvConfig, shape: ConvShape) -> int:

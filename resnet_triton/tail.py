@@ -68,13 +68,15 @@ def tail_step(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, poo
         The block's output; and that of ``units.reduce``, if it is there.
     """
     last, conv, project, reduce = units
-    chain = _chain(t, shortcut, units, subsample)
+    chain = None if pool else _chain(t, shortcut, units, subsample)
     holds = chain.holds if chain else frozenset()
     if project is not None and "project" not in holds:
         shortcut = _conv(shortcut, project, relu=False)
     if conv is not None and "conv" not in holds:
         t = _conv(t, conv)
     after = None
+    if pool:
+        return [_pooled(t, last, shortcut)]
     if chain is None:
         y, step = _conv(t, last, shortcut), 1
     else:
@@ -84,8 +86,6 @@ def tail_step(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, poo
         after = _conv(y, reduce)
     if step != subsample:
         y = _subsample_step(y, subsample)
-    if pool:
-        y = _average_step(y)
     return [y] if after is None else [y, after]
 
 
@@ -215,6 +215,44 @@ def _run_chain(chain: Chain, t: Tensor, shortcut: Tensor, units: Units) -> tuple
 
 
 # What else becomes of a block's output
+
+
+def _pooled(t: Tensor, last: Unit, shortcut: Tensor) -> Tensor:
+    """The average over the image of a network's last convolution, in one kernel or in two."""
+    weight, vectors, eps, places = last
+    shape, out = conv_geometry(t.shape, weight.shape, *places)
+    precision = backend.dot_precision(t.dtype)
+    choice = None
+    if backend.chains_allowed() and (shape.n > 0 or Recorder.active):
+        epilogue = Epilogue(*_has_bn_and_bias(last), residual=True, relu=True)
+        target = target_for(t)
+        choice = chains.choose_pooled(shape, epilogue, t.dtype, precision, target, backend.current_backend())
+    if choice is None:
+        return _average_step(_conv(t, last, shortcut))
+    check_conv(t, weight, vectors, shortcut)
+    check_residual(shortcut, out, t.dtype)
+
+    def launch(pooled: Tensor) -> None:
+        from .kernels.conv1x1_pool import launch_conv1x1_pool
+        from .kernels.epilogue import Operands
+
+        operands = Operands(nhwc(shortcut), *dense_vectors(vectors), eps=eps, relu=True)
+        rows = nhwc(weight).view(shape.k, shape.c)
+        launch_conv1x1_pool(nhwc(t), rows, pooled.view(shape.n, shape.k), operands, choice.tiling, precision)
+
+    size = t.element_size()
+    return run(
+        "conv+average",
+        choice,
+        lambda: new_channels_last(t, shape.n, shape.k, 1, 1),
+        launch,
+        lambda: _conv(t, last, shortcut).mean((2, 3), keepdim=True),
+        lambda: plan.cost.pooled_bytes(shape, size),
+        weight=weight,
+        shape=shape,
+        epilogue=epilogue,
+        weight_bytes=shape.weights * size,
+    )
 
 
 def _subsample_step(y: Tensor, step: int) -> Tensor:
