@@ -1,6 +1,7 @@
 """Which results are checked on the GPU, in the order of their worth; :mod:`.check_run` checks one.
 
-Every distinct convolution of ResNet-50 and -18 with its real epilogue, in every dtype and on both kinds of kernels;
+Every distinct convolution of ResNet-50 and -18 with its real epilogue, in every dtype and on both kinds of kernels, and
+those of one image, which share reductions and start dependently;
 stem, head and the elementwise ops; tensors beyond 2^31 elements; repeated runs; gradients; a whole network.
 """
 
@@ -53,6 +54,8 @@ def _full(target: Target) -> Iterator[tuple[Row, Job | None]]:
     yield from _convs(target, 50, "bfloat16", False)
     yield from _ops("bfloat16", BATCH, 224)
     yield _model("bfloat16", 50, 16, 224), None
+    yield from _convs(target, 50, "bfloat16", False, 1)
+    yield _model("bfloat16", 50, 1, 224), None
     yield from _convs(target, 18, "bfloat16", False)
     for dtype in ("tf32", "float16"):
         yield from _convs(target, 50, dtype, False)
@@ -123,8 +126,8 @@ def _conv(site: ConvSite, dtype: str, config: ConvConfig, explicit: bool) -> tup
     return Row(key, config.kernel, str(config), 60, payload), work
 
 
-def _convs(target: Target, depth: int, dtype: str, pointer: bool) -> Iterator[tuple[Row, Job]]:
-    for site in distinct_convs(depth, BATCH):
+def _convs(target: Target, depth: int, dtype: str, pointer: bool, batch: int = BATCH) -> Iterator[tuple[Row, Job]]:
+    for site in distinct_convs(depth, batch):
         named = ConvSite(f"resnet{depth}.{site.name}", site.shape, site.epilogue)
         config = _pointer(site, dtype) if pointer else _planned(target, site, dtype)
         yield _conv(named, dtype, config, pointer)
@@ -167,11 +170,13 @@ def _repeats(target: Target) -> Iterator[tuple[Row, None]]:
         (ConvShape(32, 28, 28, 128, 128, 3, 3, 1, 1), BN_RELU),
         (ConvShape(32, 28, 28, 256, 256, 3, 3, 2, 1), BN_RELU),
         (ConvShape(32, 14, 14, 256, 1024), BN_ADD_RELU),
+        (ConvShape(1, 7, 7, 512, 512, 3, 3, 1, 1), BN_RELU),
     ):
         site = ConvSite("repeat", shape, epilogue)
         yield _repeat(site, _planned(target, site, "float16"), 20), None
-    payload = {"what": "repeat model", "depth": 50, "dtype": "bfloat16", "batch": 16, "size": 224, "times": 20}
-    yield Row("20 repeats: resnet50 bfloat16", "all", "plan", 120, payload), None
+    for batch in (16, 1):
+        payload = {"what": "repeat model", "depth": 50, "dtype": "bfloat16", "batch": batch, "size": 224, "times": 20}
+        yield Row(f"20 repeats: resnet50 {batch}x224 bfloat16", "all", "plan", 120, payload), None
 
 
 def _gradients(dtype: str, batch: int, size: int) -> Iterator[tuple[Row, None]]:
