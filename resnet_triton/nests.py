@@ -57,11 +57,8 @@ def nest_of(shape: ConvShape | ChainShape, config: ConvConfig) -> tuple[Loop, ..
 def _chain(shape: ChainShape, config: ConvConfig) -> tuple[Loop, ...]:
     bm, bn, bk = config.bm, config.bn, config.bk
     expand, project, reduce = shape.expand, shape.project, shape.reduce
-    pointwise = Loop(
-        trips=cdiv(expand.k, bn),
-        macs=bm * bn * (expand.c + (reduce.k if reduce else 0)),
-        inner=(Loop(cdiv(project.c, bk), bm * bn * bk),) if project else (),
-    )
+    depth = expand.c + (project.c if project else 0) + (reduce.k if reduce else 0)
+    pointwise = Loop(cdiv(expand.k, bn), bm * bn * depth)
     conv = shape.conv
     if conv is None:
         return (pointwise,)
