@@ -29,10 +29,10 @@ RESIDUAL_PER_VALUE = 2.5
 POOLED_PER_VALUE = 2  # for each image that a tile of pixels holds
 # Of one row of a rolling convolution: besides what follows, a matrix instruction, a value, a residual's value; and once
 # a program.
-ROLLING_INSTRUCTIONS = 120
-ROLLING_PER_PRODUCT = 2.7
+ROLLING_INSTRUCTIONS = 90
+ROLLING_PER_PRODUCT = 3.55
 ROLLING_PER_VALUE = 4.0
-ROLLING_RESIDUAL_PER_VALUE = 3.75
+ROLLING_RESIDUAL_PER_VALUE = 6.1
 ROLLING_START = 800
 # Of a chain: one product of the 3x3, and one step of the pointwise loop besides its values.
 CHAIN_PRODUCT = 40
@@ -159,7 +159,7 @@ def predict_chain(
     pointwise = sum(conv.weights for conv in (expand, shape.project, shape.reduce) if conv is not None)
     added = bm * tiles * expand.k
     if shape.project is not None:
-        added = bm * tiles * shape.project.c * cdiv(expand.k, bn)
+        added = bm * tiles * shape.project.c
     staged = bm * tiles * (expand.k + (shape.reduce.k if shape.reduce else 0))
     conv_tiles = (tiles + 2 if rolling else 1) if filters else 0
     macs = bm * (conv_tiles * filters + tiles * pointwise)
@@ -169,7 +169,7 @@ def predict_chain(
     columns = tiles * cdiv(expand.k, bn)  # steps of the pointwise loop
     per_column = CHAIN_INSTRUCTIONS + values * CHAIN_PER_VALUE
     if shape.project is not None:
-        per_column += CHAIN_PRODUCT * cdiv(shape.project.c, config.bk) + values
+        per_column += CHAIN_PRODUCT + values
     instructions = steps * CHAIN_PRODUCT + columns * per_column + EPILOGUE_INSTRUCTIONS * tiles
     # every operand is written to shared memory once; weights are read by each group of 64 pixels
     through = 2 * (loaded + added) + staged + (1 + bm / 64) * (filters * conv_tiles + pointwise * tiles)
