@@ -231,15 +231,15 @@ def rolling_config(shape: ConvShape, multiprocessors: int = 0) -> ConvConfig:
     """``conv_rolling`` in one wave of programs, whether or not it can compute the shape (:func:`runs_on` says so).
 
     Tiles of 64 pixels by 64 filters in four warps. The machine code for sm_90, 16-bit, BN and ReLU, of one row of tiles
-    (none spills; weights are loaded before the loop; a multiprocessor holds two programs, one where C = 128):
+    (nothing spills, and a multiprocessor holds two programs, one where C = 128):
 
     ======== ========= ========= ============ ============ ========
     C        residual  registers shared bytes instructions pressure
     ======== ========= ========= ============ ============ ========
-    64       no        203       106,536      345          0.30
-    64       yes       219       114,744      465          0.40
-    128      no        255       204,840      443          0.19
-    128      yes       255       213,048      562          0.24
+    64       no        177       106,536      346          0.30
+    64       yes       227       114,728      547          0.47
+    128      no        255       204,840      474          0.21
+    128      yes       254       213,032      666          0.29
     ======== ========= ========= ============ ============ ========
 
     Eight warps on 64 pixels would compute most products twice: products that feed one another are spread over the

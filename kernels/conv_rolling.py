@@ -26,19 +26,25 @@ from .launch import count
 
 
 @triton.jit
-def taps(left, mid, right, w0, w1, w2, acc, PRECISION: tl.constexpr):
-    """``acc`` and the three column taps of one filter row: pixels ``[BM, C]`` times filters ``[BN, C]``."""
-    acc = tl.dot(left, w0.T, acc, input_precision=PRECISION)
-    acc = tl.dot(mid, w1.T, acc, input_precision=PRECISION)
-    return tl.dot(right, w2.T, acc, input_precision=PRECISION)
+def column_taps(pixels, w2, w1, w0, above, here, below, PRECISION: tl.constexpr):
+    """Adds one input row ``[BM, C]``, times the three taps ``[BN, C]`` of a filter column, to its three output rows."""
+    above = tl.dot(pixels, w2.T, above, input_precision=PRECISION)
+    here = tl.dot(pixels, w1.T, here, input_precision=PRECISION)
+    below = tl.dot(pixels, w0.T, below, input_precision=PRECISION)
+    return above, here, below
 
 
 @triton.jit(do_not_specialize=["ROWS"])
 def conv_rolling(
-    x, w, y, residual, bias, gamma, beta, mean, var, eps, P, Q, K, ROWS, C: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, TN: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr,
+    x, w, y, residual, bias, gamma, beta, mean, var, eps, residual_n, residual_h, residual_w,
+    N, P, Q, K, ROWS, C: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
+    TN: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` rows of tiles of TN x TW output pixels, BN output channels. ``x, w, y, residual`` are descriptors."""
+    """``ROWS`` rows of TN x TW output pixels, BN output channels. ``x`` and ``y`` are tensor descriptors.
+
+    Weights and residual are read through pointers: the compiler waits on the spot for each TMA load outside of loops,
+    and for those in a loop whose value is no operand of a product.
+    """
     BM: tl.constexpr = TN * TW
     column_blocks = tl.cdiv(K, BN)
     first = tl.program_id(0) // column_blocks * ROWS
@@ -47,30 +53,50 @@ def conv_rolling(
     h = first % (P + 1) - 1
     q0 = first // (P + 1) % across * TW
     n0 = first // (P + 1) // across * TN
-    w00, w01, w02 = w.load([k0, 0]), w.load([k0, C]), w.load([k0, 2 * C])
-    w10, w11, w12 = w.load([k0, 3 * C]), w.load([k0, 4 * C]), w.load([k0, 5 * C])
-    w20, w21, w22 = w.load([k0, 6 * C]), w.load([k0, 7 * C]), w.load([k0, 8 * C])
-    scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
+    k = k0 + tl.arange(0, BN)
+    filters = w + k[:, None] * (9 * C) + tl.arange(0, C)[None, :]
+    inside = (k < K)[:, None]
+    w00 = tl.load(filters, inside, 0.0)
+    w01 = tl.load(filters + C, inside, 0.0)
+    w02 = tl.load(filters + 2 * C, inside, 0.0)
+    w10 = tl.load(filters + 3 * C, inside, 0.0)
+    w11 = tl.load(filters + 4 * C, inside, 0.0)
+    w12 = tl.load(filters + 5 * C, inside, 0.0)
+    w20 = tl.load(filters + 6 * C, inside, 0.0)
+    w21 = tl.load(filters + 7 * C, inside, 0.0)
+    w22 = tl.load(filters + 8 * C, inside, 0.0)
+    scale, shift = bn_scale_shift(k, K, bias, gamma, beta, mean, var, eps)
+    if residual is not None:
+        image, column = tl.arange(0, BM) // TW, tl.arange(0, BM) % TW
+        tile = (image.to(tl.int64) * residual_n + column * residual_w)[:, None] + k[None, :]
+        added = tl.zeros((BM, BN), y.dtype)
     above = tl.zeros((BM, BN), tl.float32)
     here = tl.zeros((BM, BN), tl.float32)
     for step in range(ROWS + 2):
+        if residual is not None:  # of the row that is done in the next step: it arrives during this one's products
+            row = residual + n0.to(tl.int64) * residual_n + h.to(tl.int64) * residual_h + q0 * residual_w
+            stored = (image < N - n0) & (column < Q - q0) & (h >= 0) & (h < P)
+            following = tl.load(row + tile, stored[:, None] & (k < K)[None, :])
+        below = tl.zeros((BM, BN), tl.float32)
         left = x.load([n0, h, q0 - 1, 0]).reshape(BM, C)
+        above, here, below = column_taps(left, w20, w10, w00, above, here, below, PRECISION)
         mid = x.load([n0, h, q0, 0]).reshape(BM, C)
+        above, here, below = column_taps(mid, w21, w11, w01, above, here, below, PRECISION)
         right = x.load([n0, h, q0 + 1, 0]).reshape(BM, C)
-        if residual is not None:
-            extra = residual.load([n0, h - 1, q0, k0]).reshape(BM, BN)
-        done = taps(left, mid, right, w20, w21, w22, above, PRECISION)
-        # Adding zero instead of moving registers, which the compiler would do while products that write them are in
-        # flight: it would wait for every single matrix instruction then.
-        above = taps(left, mid, right, w10, w11, w12, here, PRECISION) + 0.0
-        here = taps(left, mid, right, w00, w01, w02, tl.zeros((BM, BN), tl.float32), PRECISION) + 0.0
+        done, here, below = column_taps(right, w22, w12, w02, above, here, below, PRECISION)
+        # Additions of zero instead of moves. The compiler would move registers while products are in flight and, as
+        # that is not allowed, wait for every single matrix instruction.
+        above = here + 0.0
+        here = below + 0.0
         if (step >= 2) & (h > 0):
             out = done * scale[None, :] + shift[None, :]
             if residual is not None:
-                out += extra.to(tl.float32)
+                out += added.to(tl.float32)
             if RELU:
                 out = relu(out)
             y.store([n0, h - 1, q0, k0], out.to(y.dtype).reshape(TN, 1, TW, BN))
+        if residual is not None:
+            added = following
         bottom = h == P
         h = tl.where(bottom, 0, h + 1)
         q0 = tl.where(bottom, q0 + TW, q0)
@@ -92,16 +118,15 @@ def launch_conv_rolling(
     Args:
         x: ``[N,H,W,C]``, channels dense, other strides multiples of 16 bytes.
         w: ``[K,3,3,C]`` dense.
-        y, operands.residual: ``[N,P,Q,K]``, channels dense, other strides multiples of 16 bytes.
+        y: ``[N,P,Q,K]``, channels dense, other strides multiples of 16 bytes.
+        operands.residual: ``[N,P,Q,K]``, channels dense.
     """
     tn, rows, tw = config.box
-    bn = config.bn
-    describe = TensorDescriptor.from_tensor
-    residual = operands.residual
+    describe, residual = TensorDescriptor.from_tensor, operands.residual
+    strides = (0, 0, 0) if residual is None else residual.stride()[:3]
     count("conv_rolling")
     conv_rolling[(count_tiles(config, shape),)](
-        describe(x, [tn, 1, tw, shape.c]), describe(w.flatten(1), [bn, shape.c]), describe(y, [tn, 1, tw, bn]),
-        None if residual is None else describe(residual, [tn, 1, tw, bn]), *operands.vectors,
-        shape.p, shape.q, shape.k, rows, C=shape.c, RELU=operands.relu, PRECISION=precision,
-        TN=tn, TW=tw, BN=bn, num_warps=config.warps, num_stages=config.stages,
+        describe(x, [tn, 1, tw, shape.c]), w, describe(y, [tn, 1, tw, config.bn]), residual, *operands.vectors,
+        *strides, shape.n, shape.p, shape.q, shape.k, rows, C=shape.c, RELU=operands.relu, PRECISION=precision,
+        TN=tn, TW=tw, BN=config.bn, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
