@@ -22,11 +22,11 @@ SHAPES = [
     pytest.param(chain(3, 5, 6, 16, 64, reduce=32), id="overhang in every dimension"),
     pytest.param(chain(3, 5, 3, 32, 128, reduce=16), id="two chunks of channels"),
     pytest.param(chain(1, 5, 7, 16, 64, dilation=2, reduce=16), id="dilation 2"),
-    pytest.param(chain(3, 6, 10, 16, 64, stride=2, reduce=16), id="stride 2"),
-    pytest.param(chain(1, 8, 8, 16, 64, project=(16, 1), reduce=16), id="projection"),
+    pytest.param(chain(3, 6, 6, 16, 64, stride=2, reduce=16), id="stride 2"),
+    pytest.param(chain(1, 4, 6, 16, 64, project=(16, 1), reduce=16), id="projection"),
     pytest.param(chain(3, 6, 6, 16, 64, stride=2, project=(32, 1), reduce=16), id="projection of kept pixels"),
     pytest.param(chain(1, 6, 10, 16, 64, stride=2, project=(32, 2), reduce=16), id="projection, stride 2"),
-    pytest.param(chain(3, 5, 7, 16, 64, reduce=32, subsample=2), id="every second pixel kept"),
+    pytest.param(chain(3, 3, 5, 16, 64, reduce=32, subsample=2), id="every second pixel kept"),
     pytest.param(chain(3, 4, 4, 16, 64, project=(16, 1), subsample=2), id="every second pixel kept, no reduction"),
     pytest.param(chain(2, 5, 5, 16, 64), id="no reduction"),
     pytest.param(chain(3, 5, 3, 16, 64, conv=False, reduce=16), id="behind the 3x3"),
@@ -55,8 +55,8 @@ def test_exact_dtypes(dtype: torch.dtype, tiling: ConvConfig) -> None:
 
 @pytest.mark.parametrize("box", [(32, 1, 1), (1, 1, 32), (1, 32, 1), (1, 8, 8)], ids=str)
 def test_exact_boxes(box: tuple[int, int, int]) -> None:
-    check_exact(chain_inputs(chain(3, 4, 5, 16, 64, reduce=16)), replace(LEFT, box=box))
-    check_exact(chain_inputs(chain(3, 4, 5, 16, 64, subsample=2, conv=False)), replace(RIGHT, box=box))
+    check_exact(chain_inputs(chain(3, 2, 3, 16, 64, reduce=16)), replace(LEFT, box=box))
+    check_exact(chain_inputs(chain(3, 3, 2, 16, 64, subsample=2, conv=False)), replace(RIGHT, box=box))
 
 
 @pytest.mark.parametrize("filter_size", [(1, 3), (2, 2), (1, 1)], ids=str)
@@ -98,10 +98,10 @@ def test_shortcut_may_be_the_input() -> None:
 
 def test_tiling_does_not_change_the_result() -> None:
     """fp32 sums depend on BK and, of the reduction, on BN: the box may not change a bit, nor may a repeat."""
-    inputs = chain_inputs(chain(3, 5, 6, 16, 64, reduce=16))
+    inputs = chain_inputs(chain(3, 4, 5, 16, 64, reduce=16))
     inputs = inputs.replaced(t=torch.randn(inputs.t.shape).half(), shortcut=torch.randn(inputs.shortcut.shape).half())
     first = run(inputs, LEFT)
-    for tiling in (LEFT, replace(LEFT, box=(1, 8, 8)), replace(LEFT, warps=8)):
+    for tiling in (LEFT, replace(LEFT, box=(1, 8, 8))):
         for out, before in zip(run(inputs, tiling), first, strict=True):
             identical(out, before)
 
