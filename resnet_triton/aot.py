@@ -11,18 +11,22 @@ Compiling and measuring is in :mod:`.codegen`, judging in :mod:`.golden`. None o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from . import cost, plan, tuning
+from . import chains, cost, plan, tuning
+from .chains import Tail
 from .codegen import (
     DEVICES,
     SHARED_LIMIT,
@@ -40,7 +44,7 @@ from .devices import Target, known_devices
 from .golden import ACCEPT, GOLDEN, diff, golden_record, problems
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.epilogue import Operands
-from .kernels.geometry import ConvShape
+from .kernels.geometry import ChainShape, ConvShape
 from .shapes import BLOCKS, BN_ADD_RELU, BN_RELU, CLASSES, ConvSite, features, resnet_convs, stem_conv
 
 DEPTHS, BATCHES, SIZE = tuple(BLOCKS), (1, 32, 256), 224
@@ -58,9 +62,10 @@ def cases(sm: int = 90, limit: int | None = None) -> list[Case]:
     """Every case of an architecture.
 
     sm_90: whatever the plan for an H200 picks for each layer of ResNet-18 to 152 at 224 px and batch 1, 32 and 256 in
-    bf16, with the layer's own epilogue (batch normalisation in fp32, as under autocast), and each kernel in fp16,
-    TF32 and exact fp32. Others: each kernel once in each of these. All: the configurations of the shipped tuned files
-    of the architecture. Layers that need the same program are one case. The user's own tuned files play no part.
+    bf16, with the layer's own epilogue (batch normalisation in fp32, as under autocast), every configuration of the
+    chains of ResNet-50's blocks, and each kernel in fp16, TF32 and exact fp32. Others: each kernel once in each of
+    these. All: the configurations of the shipped tuned files of the architecture. Layers that need the same program are
+    one case. The user's own tuned files play no part.
 
     Args:
         sm: 80, 90 or 100.
@@ -107,6 +112,59 @@ def _networks(kernels: _Kernels) -> Iterator[Case]:
         yield from kernels.max_pool(batch)
         for c in sorted({features(depth) for depth in DEPTHS}):
             yield from kernels.head(batch, c)
+    chained = set()
+    for batch in BATCHES[1:]:  # an image alone is too small for chains
+        for name, chain in _chains(kernels, batch):
+            if chain not in chained:
+                chained.add(chain)
+                for config in chains.configs_of(chain, kernels.dtype, kernels.target):
+                    yield from kernels.chain(chain, f"resnet50 {name} batch {batch}", config)
+
+
+def _chains(kernels: _Kernels, batch: int) -> Iterator[tuple[str, ChainShape]]:
+    """For each block of ResNet-50: the longest chain that there is, and the one that the plan chooses."""
+    if chains.refusal_of_chains(kernels.target, kernels.dtype, kernels.precision):
+        return
+    for name, tail in bottleneck_tails(50, batch, SIZE):
+        ways = (shape for _, shape in chains.ways(tail) if chains.configs_of(shape, kernels.dtype, kernels.target))
+        longest = next(ways, None)
+        if longest:
+            yield name, longest
+        chosen = chains.choose_chain(tail, kernels.dtype, kernels.precision, kernels.target, "auto")
+        if chosen:
+            yield name, chosen.shape
+
+
+def bottleneck_tails(depth: int, batch: int, size: int) -> Iterator[tuple[str, Tail]]:
+    """What follows each bottleneck's first convolution, up to the next one's, where nobody else reads its output."""
+    blocks: dict[str, dict[str, ConvSite]] = {}
+    for site in resnet_convs(depth, batch, size):
+        path = site.name.split(".")
+        blocks.setdefault(".".join(path[:2]), {})[path[2]] = site
+    following: list[dict[str, ConvSite]] = [*list(blocks.values())[1:], {}]
+    step = 1  # at which the block before stored its output
+    for (name, block), after in zip(blocks.items(), following, strict=True):
+        last, conv, project, reduce = block["conv3"], block["conv2"], block.get("downsample"), after.get("conv1")
+        if project and step > 1:  # it reads every pixel that was stored
+            was = project.shape
+            project = project._replace(shape=ConvShape(was.n, was.p, was.q, was.c, was.k))
+        step = after["downsample"].shape.stride if "downsample" in after else 1
+        yield (
+            name,
+            Tail(
+                last.shape,
+                conv.shape,
+                project.shape if project else None,
+                reduce.shape if reduce else None,
+                (
+                    last.epilogue,
+                    conv.epilogue,
+                    project.epilogue if project else None,
+                    reduce.epilogue if reduce else None,
+                ),
+                step,
+            ),
+        )
 
 
 def _tuned(target: Target) -> Iterator[Case]:
@@ -131,6 +189,12 @@ def _samples(kernels: _Kernels) -> Iterator[Case]:
     )
     for label, shape, epilogue in shapes:
         yield from kernels.conv(ConvSite(label, shape, epilogue), f"{label} batch {batch}")
+    seen = set()
+    for name, chain in _chains(kernels, batch):
+        for config in chains.configs_of(chain, kernels.dtype, kernels.target):
+            if config.kernel not in seen:
+                seen.add(config.kernel)
+                yield from kernels.chain(chain, f"resnet50 {name} batch {batch}", config)
     yield from kernels.head(batch, features(50))
     yield from kernels.stem(batch)
     if kernels.precision == "tf32":  # the rest has no products
@@ -143,7 +207,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _operands(epilogue: Epilogue, k: int, residual: Tensor) -> Operands:
+def _operands(epilogue: Epilogue, k: int, residual: Tensor | None) -> Operands:
     bias = _meta(k) if epilogue.bias else None
     gamma, beta, mean, var = (_meta(k) if epilogue.bn else None for _ in range(4))
     return Operands(residual if epilogue.residual else None, bias, gamma, beta, mean, var, 1e-5, epilogue.relu)
@@ -174,6 +238,26 @@ class _Kernels:
         yield self._case(parts, label, moved, config.split * outputs, shape, config, Epilogue())
         moved = workspace + size * outputs * (1 + epilogue.residual)
         yield self._case(last, label, moved, outputs, epilogue=epilogue)
+
+    def chain(self, shape: ChainShape, label: str, config: ConvConfig) -> Iterator[Case]:
+        """Several convolutions as one kernel, every one with BN."""
+        from .kernels.chain import ChainUnits, Unit, launch_chain
+
+        def meta(*sizes: int) -> Tensor:
+            return _meta(*sizes, dtype=self.dtype)
+
+        def unit(conv: ConvShape | None) -> Unit | None:
+            return Unit(meta(conv.k, conv.r, conv.s, conv.c), _operands(BN_RELU, conv.k, None)) if conv else None
+
+        expand, reduce = unit(shape.expand), shape.reduce
+        assert expand is not None
+        units = ChainUnits(unit(shape.conv), expand, unit(shape.project), unit(reduce))
+        t, shortcut, y = meta(*shape.source), meta(*shape.shortcut), meta(*shape.stored)
+        t_next = None if reduce is None else meta(reduce.n, reduce.p, reduce.q, reduce.k)
+        moved = shape.bytes_moved(self.dtype.itemsize)
+        outputs = y.numel() + (0 if t_next is None else t_next.numel())
+        (launch,) = self._trace(lambda: launch_chain(t, shortcut, y, t_next, units, shape, config, self.precision))
+        yield self._case(launch, label, moved, outputs, shape, config)
 
     def stem(self, batch: int) -> Iterator[Case]:
         """Rearranging an image (of the model's dtype, or bytes), packing the weight, the convolution on cells."""
@@ -257,12 +341,12 @@ class _Kernels:
         label: str,
         moved: int,
         outputs: int,
-        shape: ConvShape | None = None,
+        shape: ConvShape | ChainShape | None = None,
         config: ConvConfig | None = None,
         epilogue: Epilogue | None = None,
     ) -> Case:
-        use = Use(label, launch.grid[0], moved, outputs, shape)
-        name = _name(launch, self.target.sm, self.precision, config, epilogue)
+        use = Use(label, math.prod(launch.grid), moved, outputs, shape)
+        name = _name(launch, self.target.sm, self.precision, config, use.fused or epilogue)
         kernel = launch.kernel.__name__
         return Case(name, kernel, self.target.sm, self.dtype, self.precision, config, epilogue, (use,), launch)
 
@@ -271,10 +355,21 @@ class _Kernels:
 _SAID = {"TN", "TH", "TW", "BM", "BN", "BK", "RELU", "PRECISION"}
 
 
-def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, epilogue: Epilogue | None) -> str:
+def _singles(name: str, kind: Any, value: Any) -> Iterator[tuple[str, str, Any]]:
+    """An argument's name, type and specialised value; of a tuple, those of its elements."""
+    if isinstance(kind, str):
+        yield name, kind, value
+    else:
+        for i, (inner, special) in enumerate(zip(kind, value, strict=True)):
+            yield from _singles(f"{name}.{i}", inner, special)
+
+
+def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, fused: object) -> str:
     """Everything that the machine code depends on: types, constants, and which integers are multiples of 16."""
     constants, types, hints = [], [], []
-    for name, (kind, value) in zip(launch.kernel.arg_names, specialization(launch, sm), strict=True):
+    kinds_of, values = zip(*specialization(launch, sm), strict=True)
+    singles = map(_singles, launch.kernel.arg_names, kinds_of, values)
+    for name, kind, value in itertools.chain.from_iterable(singles):
         if kind == "constexpr":
             if value is not None and not (config and name in _SAID):
                 constants += [name] * value if isinstance(value, bool) else [f"{name}{value}"]
@@ -287,7 +382,7 @@ def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, ep
     tiling = str(config).replace(" ", "_") if config else f"w{launch.kwargs.get('num_warps', 4)}"
     exact = precision if config and types[0] == "fp32" else ""
     kinds = ",".join(dict.fromkeys(types))
-    parts = (f"sm{sm}", launch.kernel.__name__, kinds, exact, tiling, "_".join(constants), str(epilogue or "").strip("-"))
+    parts = (f"sm{sm}", launch.kernel.__name__, kinds, exact, tiling, "_".join(constants), str(fused or "").strip("-"))
     return "-".join(part for part in (*parts, "_".join(hints)) if part)
 
 
@@ -306,7 +401,7 @@ def row(case: Case, metrics: Metrics) -> tuple[str, ...]:
         case.kernel,
         dtype if case.dtype != torch.float32 or case.config is None else f"{dtype} {case.precision}",
         str(case.config or "-"),
-        str(case.epilogue or "-"),
+        case.uses[0].fused or str(case.epilogue or "-"),
         case.uses[0].label,
         str(len(case.uses)),
         str(metrics.registers),
@@ -354,6 +449,8 @@ measured.
 
 - *layers*: how many distinct layers of ResNet-18 to 152 (224 px, batch 1, 32, 256) run this very program; the
   *first layer* is one of them.
+- *epilogue*: what follows a convolution in the same kernel; of a chain, its convolutions (`expand/2`: every second row
+  and column of its output is stored).
 - *spills*, *shared*: bytes a thread, bytes a program. *programs/SM*: how many fit a multiprocessor.
 - *MMA*, *TMA*: matrix instructions (FFMA for exact fp32), and TMA loads + stores in the listing.
 - *step*: instructions that a warp issues in one iteration of each loop with products, loops inside it apart: `a + b`
@@ -361,7 +458,7 @@ measured.
   program's whole strip of rows in a rolling kernel.
 - *loops*, *pressure*: issue cycles over tensor-core cycles (over FFMA cycles for exact fp32, which cannot be below 1):
   of one iteration of each loop, as under *step*, and of a tile in all. The tests keep a tile's below 0.7 for TMA
-  kernels wherever the tensor cores take longer than device memory and the launch.
+  kernels of one convolution wherever the tensor cores take longer than device memory and the launch.
 - *instr/output*: thread instructions per output element.
 - *issue/roof*: predicted issue time over the slowest other *limit* of the layer, worst layer. The tests
   keep it below 1: there, the instructions are hidden.

@@ -38,6 +38,7 @@ from .issue import IssueCount, count_issued
 from .kernels.config import ConvConfig, Epilogue, count_tiles
 from .kernels.geometry import ChainShape, ConvShape, cdiv
 from .nests import Loop, nest_of
+from .repeats import repeats
 
 #: The device each architecture is planned for.
 DEVICES = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H200"}
@@ -75,6 +76,15 @@ class Use:
     bytes: int
     outputs: int
     shape: ConvShape | ChainShape | None = None
+
+    @property
+    def fused(self) -> str:
+        """The convolutions of a chain by name, ``""`` for anything else."""
+        if not isinstance(self.shape, ChainShape):
+            return ""
+        names = [name for name in ("conv", "expand", "project", "reduce") if getattr(self.shape, name)]
+        kept = f"/{self.shape.subsample}" if self.shape.subsample > 1 else ""
+        return "+".join(names).replace("expand", f"expand{kept}")
 
 
 @dataclass(frozen=True)
@@ -122,11 +132,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled case: its listing, bytes of shared memory that the compiler allotted, warps of a program."""
+    """A compiled case.
+
+    Args:
+        listing: its machine code.
+        shared_bytes: of shared memory that the compiler allotted.
+        warps: of a program.
+        repeats: how many times warps compute the same product, see :mod:`.repeats`.
+    """
 
     listing: sass.Listing
     shared_bytes: int
     warps: int
+    repeats: int
 
 
 class LoopMetrics(NamedTuple):
@@ -286,7 +304,7 @@ def compile_launch(launch: Launch, sm: int) -> Compiled:
             root = root.__cause__
         raise RuntimeError(str(root)) from error
     listing = sass.disassemble(binary.asm["cubin"])
-    return Compiled(listing, binary.metadata.shared, binary.metadata.num_warps)
+    return Compiled(listing, binary.metadata.shared, binary.metadata.num_warps, repeats(binary.asm["ttgir"]))
 
 
 @functools.cache
@@ -326,7 +344,9 @@ def measure(case: Case, compiled: Compiled | None = None) -> Metrics:
     compiled = compiled or compile_case(case)
     listing = compiled.listing
     try:
-        counted = count_issued(listing, case.loops, compiled.warps, case.persistent, case.tensor_cores)
+        counted = count_issued(
+            listing, case.loops, compiled.warps, compiled.repeats, case.persistent, case.tensor_cores
+        )
     except ValueError as error:
         raise RuntimeError(f"{case.name}: {error}") from error
     instructions = counted.per_tile(min(_tiles(case, use) / use.programs for use in case.uses))

@@ -12,7 +12,7 @@ from .kernels.config import CHAIN_KERNELS, KERNELS
 from .kernels.geometry import ChainShape
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codegen" / "golden.json"
-PRESSURE_BOUND = 0.7  # of TMA kernels whose tile needs the tensor cores longer than device memory
+PRESSURE_BOUND = 0.7  # of TMA kernels of one convolution whose tile needs the tensor cores longer than device memory
 ROOF_BOUND = 1.0  # of all
 #: Kernels of which every load and store is a TMA box.
 TMA_KERNELS = set(KERNELS + CHAIN_KERNELS) - {"conv_pointer"}
@@ -34,9 +34,12 @@ def problems(case: Case, metrics: Metrics) -> list[str]:
         found.append("loads or stores without TMA")
     if case.config and not case.tensor_cores:  # its multiply-adds alone fill the issue slots
         return found if metrics.ffma else [*found, "has no FFMA"]
-    if case.config and not compile_case(case).listing.count(_expected_opcode(case)):
+    compiled = compile_case(case)
+    if case.config and not compiled.listing.count(_expected_opcode(case)):
         found.append(f"has no {_expected_opcode(case)}")
-    if metrics.tensor_bound and case.kernel != "conv_pointer":
+    if compiled.repeats > 1 and _wide(case):
+        found.append(f"computes products {compiled.repeats} times: fewer warps, or a larger tile")
+    if metrics.tensor_bound and case.kernel in TMA_KERNELS - set(CHAIN_KERNELS):
         found += _beyond(metrics.pressure, PRESSURE_BOUND, "pressure")
     return found + _beyond(metrics.issue_over_roof, ROOF_BOUND, f"issue/roof ({metrics.limit})")
 
@@ -52,9 +55,13 @@ def _stores_some_pixels(case: Case) -> bool:
 
 
 def _expected_opcode(case: Case) -> str:
-    """The matrix instruction of an architecture; tiles of less than 64 rows are too small for those of a warp group."""
-    wide = case.config is not None and case.config.bm >= 64
-    return {90: "HGMMA", 100: r"UTC\w*MMA"}.get(case.sm, "HMMA") if wide else "HMMA"
+    """The matrix instruction of an architecture."""
+    return {90: "HGMMA", 100: r"UTC\w*MMA"}.get(case.sm, "HMMA") if _wide(case) else "HMMA"
+
+
+def _wide(case: Case) -> bool:
+    """Whether a tile has the 64 rows that the matrix instructions of a group of warps need."""
+    return case.config is not None and case.config.bm >= 64
 
 
 def golden_record(metrics: Metrics) -> dict[str, float]:

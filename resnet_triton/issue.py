@@ -113,7 +113,12 @@ class _Body:
 
 
 def count_issued(
-    listing: Listing, nest: Sequence[Loop], warps: int, persistent: bool = False, tensor_cores: bool = True
+    listing: Listing,
+    nest: Sequence[Loop],
+    warps: int,
+    repeats: int = 1,
+    persistent: bool = False,
+    tensor_cores: bool = True,
 ) -> IssueCount:
     """Counts what one warp issues.
 
@@ -121,6 +126,7 @@ def count_issued(
         listing: the machine code.
         nest: the loops of the source for one output tile; none for a kernel without products.
         warps: of a program.
+        repeats: how many of its warps, or groups of them, compute the same products.
         persistent: whether a program walks over several tiles.
         tensor_cores: whether the products are matrix instructions, else fp32 multiply-adds. Of those, which appear
             elsewhere too, only the loop with the most is looked for, and no peeled iteration.
@@ -129,7 +135,7 @@ def count_issued(
         ValueError: the listing's loops do not fit the nest.
     """
     matrix = {i.opcode for i in listing.instructions if TENSOR_CORE.match(i.opcode)}
-    sizes = {opcode: size for opcode in matrix if (size := _macs_of(opcode, warps))}
+    sizes = {opcode: size / repeats for opcode in matrix if (size := _macs_of(opcode, warps))}
     exact = tensor_cores and len(sizes) == len(matrix)
 
     def weigh(opcode: str) -> float:
@@ -153,8 +159,8 @@ def count_issued(
         matches = _largest(body, scope, nest, sized=not tensor_cores)
     if matches is None:
         raise ValueError(
-            f"products {body.describe(scope)} in the listing do not fit the source's loops {tuple(nest)}; "
-            "in a small tile, groups of warps may repeat each other's products"
+            f"products {body.describe(scope)} in the listing, repeated {repeats} times, do not fit the source's loops "
+            f"{tuple(nest)}"
         )
     counts = tuple(_counts(body, matches, 1, 0))
     return IssueCount(counts, body.issued(scope - _blocks(matches)), body.issued(body.blocks - scope))

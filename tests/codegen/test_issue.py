@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -20,7 +22,7 @@ MMA = "HGMMA.64x64x16.F32.BF16 R8, R8"
 MACS = 64 * 64 * 16  # of one such instruction, with four warps
 
 
-def counted(parsed: Listing, *nest: Loop, **options: bool) -> IssueCount:
+def counted(parsed: Listing, *nest: Loop, **options: Any) -> IssueCount:
     return count_issued(parsed, nest, 4, **options)
 
 
@@ -94,6 +96,12 @@ def test_nested_loops_behind_a_condition() -> None:
     assert always.per_tile(1) == 6 * 6 + 18 * 3 + 2
 
 
+def test_products_that_warps_repeat_are_no_unrolled_loop() -> None:
+    parsed = listing(f"top: {MMA}", MMA, "@P0 BRA ->top", "EXIT")
+    assert counted(parsed, Loop(8, MACS)).loops == (LoopCount(0, 1.5, 8, MACS),)
+    assert counted(parsed, Loop(8, MACS), repeats=2).loops == (LoopCount(0, 3, 8, MACS),)
+
+
 def test_an_inner_loop_that_was_unrolled_completely() -> None:
     parsed = nested(MMA, "FADD R8, R8", MMA, "FADD R8, R8")
     (row,) = counted(parsed, Loop(6, MACS, (Loop(2, MACS),), taken=3)).loops
@@ -118,7 +126,7 @@ def test_an_inner_loop_whose_last_iteration_was_peeled() -> None:
 )
 def test_what_the_source_does_not_explain_is_an_error(nest: tuple[Loop, ...]) -> None:
     parsed = listing(MMA, f"top: {MMA}", MMA, "@P0 BRA ->top", "STG [R2], R8", "EXIT")
-    with pytest.raises(ValueError, match=r"products 65536 \+ \[131072\] in the listing do not fit"):
+    with pytest.raises(ValueError, match=r"products 65536 \+ \[131072\] in the listing.* do not fit"):
         counted(parsed, *nest)
 
 
@@ -276,6 +284,28 @@ def test_nested_loops_of_a_kernel() -> None:
     # every instruction is counted somewhere, once
     once = row.step + column.step + counts.tile
     assert once <= len(program.listing.instructions)
+
+
+@triton.jit
+def small_product(x, y, SIZE: tl.constexpr):
+    """A product of SIZE rows and columns, depth 64."""
+    y.store([0, 0], tl.dot(x.load([0, 0]), x.load([0, 0]).T).to(tl.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "size, warps, times, instruction",
+    [(64, 4, 1, "HGMMA"), (64, 8, 1, "HGMMA"), (64, 16, 1, "HGMMA"), (16, 4, 2, "HMMA"), (32, 4, 1, "HMMA")],
+)
+def test_repeated_products(size: int, warps: int, times: int, instruction: str) -> None:
+    """Every warp has its own part of a product, or some have the same."""
+    describe = TensorDescriptor.from_tensor
+    x, y = describe(meta(size, 64), [size, 64]), describe(meta(size, size), [size, size])
+    (launch,) = codegen.trace(lambda: small_product[(1,)](x, y, SIZE=size, num_warps=warps), 1)
+    program = codegen.compile_launch(launch, 90)
+    assert program.listing.count(instruction) > 0
+    assert program.repeats == times
+    counts = count_issued(program.listing, [Loop(1, size * size * 64)], warps, program.repeats)
+    assert not counts.loops  # all of it fits without a loop, which the count would refuse otherwise
 
 
 # What the kernels say of themselves
