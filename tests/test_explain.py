@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,12 @@ def conv_shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, ConvShape
     return shapes
 
 
+def workspace_bytes(row: Row, shape: ConvShape) -> int:
+    """Bytes of the partial sums of a reduction that several programs share: fp32, written and read."""
+    found = re.search(r" /(\d+)", row.config)
+    return 8 * int(found[1]) * shape.m * shape.k if found else 0
+
+
 @pytest.mark.parametrize("name", ("resnet18", "resnet50"))
 @pytest.mark.parametrize("backend", ("auto", "triton"))
 def test_every_convolution_is_one_row_with_its_own_bytes(name: str, backend: str) -> None:
@@ -88,7 +95,7 @@ def test_every_convolution_is_one_row_with_its_own_bytes(name: str, backend: str
             epilogue = Epilogue(bn=True, residual=last, relu="downsample" not in key)
             assert row.bytes == cost.unfused_bytes(shapes[key], epilogue, 2) and not row.config
         else:
-            assert row.bytes == shapes[key].bytes_moved(2, last) and row.config
+            assert row.bytes == shapes[key].bytes_moved(2, last) + workspace_bytes(row, shapes[key]) and row.config
     if backend == "triton":
         assert not [row for row in plan.rows if row.realisation in LIBRARY]
         assert {row.realisation for row in rows.values()} <= {"stem", "conv_tma", "conv1x1", "conv_pointer"}
@@ -114,9 +121,11 @@ def test_dtype() -> None:
         plans = [explain(model, (2, 3, 64, 64), dtype=d, device=H200) for d in (torch.float16, torch.float32)]
         own = explain(model, (2, 3, 64, 64), device=H200)
     assert own == plans[1] and own.dtype == "float32"
-    half, full = (convolutions(plan) for plan in plans)
-    for a, b in zip(half[1:], full[1:], strict=True):
-        assert 2 * a.bytes == b.bytes and a.predicted_us < b.predicted_us
+    half, full = ({row.name: row for row in convolutions(plan) if " /" not in row.config} for plan in plans)
+    both = half.keys() & full.keys() - {"conv1"}
+    assert len(both) > 3
+    for name in both:
+        assert 2 * half[name].bytes == full[name].bytes and half[name].predicted_us < full[name].predicted_us
     with pytest.raises(RuntimeError, match=r"cannot run .*float64 is not one of"), use_backend("triton"):
         explain(model, (2, 3, 64, 64), dtype=torch.float64, device=H200)
     reasons = {r.reason for r in explain(model, (2, 3, 64, 64), dtype=torch.float64, device=H200).rows}
