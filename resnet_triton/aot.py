@@ -110,6 +110,7 @@ def _networks(kernels: _Kernels) -> Iterator[Case]:
     for batch in BATCHES:
         yield from kernels.stem(batch)
         yield from kernels.max_pool(batch)
+        yield from kernels.pooled(batch)
         for c in sorted({features(depth) for depth in DEPTHS}):
             yield from kernels.head(batch, c)
     chained = set()
@@ -195,6 +196,7 @@ def _samples(kernels: _Kernels) -> Iterator[Case]:
             if config.kernel not in seen:
                 seen.add(config.kernel)
                 yield from kernels.chain(chain, f"resnet50 {name} batch {batch}", config)
+    yield from kernels.pooled(batch)
     yield from kernels.head(batch, features(50))
     yield from kernels.stem(batch)
     if kernels.precision == "tf32":  # the rest has no products
@@ -258,6 +260,22 @@ class _Kernels:
         outputs = y.numel() + (0 if t_next is None else t_next.numel())
         (launch,) = self._trace(lambda: launch_chain(t, shortcut, y, t_next, units, shape, config, self.precision))
         yield self._case(launch, label, moved, outputs, shape, config)
+
+    def pooled(self, batch: int) -> Iterator[Case]:
+        """ResNet-50's last convolution with the average over the image, where the plan has them in one kernel."""
+        from .kernels.conv1x1_pool import launch_conv1x1_pool
+
+        *_, (name, shape, epilogue) = resnet_convs(50, batch, SIZE)
+        choice = chains.choose_pooled(shape, epilogue, self.dtype, self.precision, self.target, "auto")
+        if choice is None:
+            return
+        x = _meta(shape.n, shape.h, shape.w, shape.c, dtype=self.dtype)
+        w, pooled = _meta(shape.k, shape.c, dtype=self.dtype), _meta(shape.n, shape.k, dtype=self.dtype)
+        operands = _operands(epilogue, shape.k, _meta(shape.n, shape.p, shape.q, shape.k, dtype=self.dtype))
+        moved = cost.pooled_bytes(shape, self.dtype.itemsize)
+        label = f"resnet50 {name} and average batch {batch}"
+        for launch in self._trace(lambda: launch_conv1x1_pool(x, w, pooled, operands, choice.tiling, self.precision)):
+            yield self._case(launch, label, moved, pooled.numel(), shape, choice.tiling, epilogue)
 
     def stem(self, batch: int) -> Iterator[Case]:
         """Rearranging an image (of the model's dtype, or bytes), packing the weight, the convolution on cells."""

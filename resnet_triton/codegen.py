@@ -408,6 +408,9 @@ def _roofs(case: Case, use: Use) -> dict[str, float]:
     roofs = {"hbm": use.bytes / target.hbm_tb_s / 1e6, "launch": cost.LAUNCH_US}
     if case.config is None:
         return roofs
+    if case.kernel == "stem_pool":
+        macs = use.programs * sum(loop.work for loop in case.loops)
+        return roofs | {"tensor": 2 * macs / target.tflops(case.dtype, case.precision) / 1e6}
     if isinstance(use.shape, ChainShape):
         prediction = cost.predict_chain(use.shape, case.config, case.dtype, case.precision, target)
     elif use.shape and case.epilogue:

@@ -8,14 +8,12 @@ from pathlib import Path
 import triton
 
 from .codegen import SHARED_LIMIT, Case, Metrics, compile_case
-from .kernels.config import CHAIN_KERNELS, KERNELS
+from .kernels.config import END_KERNELS, KERNELS
 from .kernels.geometry import ChainShape
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codegen" / "golden.json"
 PRESSURE_BOUND = 0.7  # of TMA kernels of one convolution whose tile needs the tensor cores longer than device memory
 ROOF_BOUND = 1.0  # of all
-#: Kernels of which every load and store is a TMA box.
-TMA_KERNELS = set(KERNELS + CHAIN_KERNELS) - {"conv_pointer"}
 #: Golden figures that begin with one of these are instructions.
 PRESSURES = ("issue", "loop")
 #: Changes of the golden figures that are noise: registers, bytes of shared memory, and the share of the issue figures.
@@ -30,8 +28,11 @@ def problems(case: Case, metrics: Metrics) -> list[str]:
         found.append(f"spills {metrics.spill_bytes} bytes ({metrics.local_accesses} accesses to local memory)")
     if metrics.shared_bytes > SHARED_LIMIT[case.sm]:
         found.append(f"needs {metrics.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[case.sm]}")
-    if case.kernel in TMA_KERNELS and not (metrics.tma_loads and (metrics.tma_stores or _stores_some_pixels(case))):
-        found.append("loads or stores without TMA")
+    if case.config and case.kernel != "conv_pointer":
+        if not metrics.tma_loads:
+            found.append("loads without TMA")
+        if not (metrics.tma_stores or _scatters(case)):
+            found.append("stores without TMA")
     if case.config and not case.tensor_cores:  # its multiply-adds alone fill the issue slots
         return found if metrics.ffma else [*found, "has no FFMA"]
     compiled = compile_case(case)
@@ -39,7 +40,7 @@ def problems(case: Case, metrics: Metrics) -> list[str]:
         found.append(f"has no {_expected_opcode(case)}")
     if compiled.repeats > 1 and _wide(case):
         found.append(f"computes products {compiled.repeats} times: fewer warps, or a larger tile")
-    if metrics.tensor_bound and case.kernel in TMA_KERNELS - set(CHAIN_KERNELS):
+    if metrics.tensor_bound and case.kernel in KERNELS and case.kernel != "conv_pointer":
         found += _beyond(metrics.pressure, PRESSURE_BOUND, "pressure")
     return found + _beyond(metrics.issue_over_roof, ROOF_BOUND, f"issue/roof ({metrics.limit})")
 
@@ -48,10 +49,11 @@ def _beyond(value: float | None, bound: float, name: str) -> list[str]:
     return [] if value is None or value < bound else [f"{name} is {value:.2f}, the bound is {bound}"]
 
 
-def _stores_some_pixels(case: Case) -> bool:
-    """Whether a kernel stores nothing but every second row and column, which no TMA box can."""
+def _scatters(case: Case) -> bool:
+    """Whether what a kernel stores is no box: averages, or nothing but every second row and column."""
     shape = case.uses[0].shape
-    return isinstance(shape, ChainShape) and shape.subsample > 1 and shape.reduce is None
+    subsampled = isinstance(shape, ChainShape) and shape.subsample > 1 and shape.reduce is None
+    return subsampled or case.kernel in END_KERNELS
 
 
 def _expected_opcode(case: Case) -> str:

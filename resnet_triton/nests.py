@@ -51,6 +51,8 @@ def nest_of(shape: ConvShape | ChainShape, config: ConvConfig) -> tuple[Loop, ..
     if config.kernel == "conv_rolling":
         rows = config.box[1]
         return (Loop(rows + 2, 9 * bm * bn * shape.c, taken=rows),)
+    if config.kernel == "stem_pool":  # an iteration is four rows of windows, 64 deep, each a part of four output rows
+        return (Loop(cdiv(config.box[1], 4) + 1, 16 * bm * bn * 64),)
     return (Loop(cdiv(reduction_steps(config, shape), config.split), bm * bn * bk),)
 
 

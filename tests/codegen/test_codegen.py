@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from resnet_triton import aot, codegen, golden, plan, tune, tuning
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.shapes import resnet_convs
 from resnet_triton.tuning import Entry
 
 GOLDEN = json.loads(golden.GOLDEN.read_text())
@@ -32,6 +34,26 @@ def test_program(case: codegen.Case) -> None:
     if GOLDEN["triton"] == triton.__version__ and case.name in GOLDEN["cases"]:
         worse = golden.regressions(metrics, GOLDEN["cases"][case.name])
         assert not worse, f"{'; '.join(worse)}: {REGENERATE}"
+
+
+def test_tails_hold_every_convolution_once() -> None:
+    tails = dict(aot.bottleneck_tails(50, 2, 224))
+    first, *others = resnet_convs(50, 2)
+    parts = [conv for tail in tails.values() for conv in (tail.last, tail.conv, tail.project, tail.reduce) if conv]
+    assert len(parts) == len(others) and sum(conv.macs for conv in parts) == sum(site.shape.macs for site in others)
+    assert first.name == "layer1.0.conv1" and tails["layer1.0"].subsample == 1
+    end, start = tails["layer1.2"], tails["layer2.0"]
+    assert end.subsample == 2 and end.reduce == ConvShape(2, 56, 56, 256, 128)
+    assert start.project == ConvShape(2, 28, 28, 256, 512) and start.conv and start.conv.stride == 2
+    assert tails["layer4.2"].reduce is None
+
+
+def test_chains_are_cases() -> None:
+    """Of every stage whose tiles fit a multiprocessor, with all that follows the 3x3 where that fits too."""
+    found = {use.label.split(" batch ")[0]: use for case in CASES.values() for use in case.uses if use.fused}
+    assert {f"resnet50 layer{stage}.0" for stage in (1, 2, 3)} <= found.keys()
+    assert found["resnet50 layer1.1"].fused == "conv+expand+reduce"
+    assert {case.dtype for case in CASES.values() if case.uses[0].fused} == {torch.bfloat16, torch.float16}
 
 
 def test_golden_lists_the_shipped_programs() -> None:

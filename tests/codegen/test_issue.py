@@ -325,6 +325,11 @@ def test_nests_hold_all_products_of_a_launch() -> None:
     for parts in ((conv, expand), (None, expand), (conv, expand, project), (conv, expand, project, reduce)):
         chain = ChainShape(*parts)
         assert work(chain, ConvConfig("conv_chain", (2, 8, 8), 64, 64), 2) == chain.macs
+    assert work(expand, ConvConfig("conv1x1", (1, 1, 64), 64, 32), 4 * 4) == expand.macs
+    split = ConvConfig("conv1x1", (1, 1, 64), 64, 32, split=2)
+    assert work(expand, split, 4 * 4 * 2) == expand.macs
+    stem = ConvConfig("stem_pool", (4, 56, 16), 64, 64)  # 112 x 112 outputs, two rows of 14 useful columns
+    assert work(conv, stem, 2 * 8) == 4 * 112 * (8 * 16) * 64 * 256 * (56 + 4) // 56
     rolling = ConvConfig("conv_rolling", (4, 8, 8), 64, 64)
     assert work(conv, rolling, 1) == conv.macs * 10 // 8  # two rows more than are stored
     chain = ChainShape(conv, expand, None, reduce)
