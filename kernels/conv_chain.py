@@ -141,9 +141,10 @@ SHARED_LIMIT = 227 * 1024
 def conv_chain_configs(shape: ChainShape, itemsize: int) -> list[ConvConfig]:
     """Configurations that do not spill on sm_90 with 16-bit operands; the widest tile of pixels first.
 
-    A wide tile reads the weights less often through L2. Empty for fp32, and where :func:`refusal` has a reason.
+    A wide tile reads the weights less often through L2. Empty for fp32, for a 3x3 or a reduction to fewer than the 64
+    channels that a matrix instruction has rows, and where :func:`refusal` has a reason.
     """
-    if itemsize != 2:
+    if itemsize != 2 or min(shape.expand.c, shape.reduce.k if shape.reduce else 64) < 64:
         return []
     bk = min(64, max(16, shape.conv.c & -shape.conv.c)) if shape.conv else 64
     configs: dict[tuple, ConvConfig] = {}
@@ -197,9 +198,12 @@ def values_per_thread(config: ConvConfig, shape: ChainShape) -> int:
     first = mid if shape.conv else 0
     behind = shape.reduce.k if shape.reduce else 0
     behind += config.bn * (1.5 if shape.project is None else 2)
-    if not filters_left(config):
+    left = filters_left(config)
+    if not left:
         behind += (mid + (shape.project.c if shape.project else 0)) / 2
-    return int(pixels * max(first, behind))
+    # the pixels that are kept need addresses, and pixels loaded straight into registers are moved there
+    extra = 8 * (shape.subsample > 1) + 8 * (shape.conv is None and not left)
+    return int(pixels * max(first, behind)) + extra
 
 
 def conv_chain_shared_bytes(config: ConvConfig, shape: ChainShape, itemsize: int) -> int:

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from resnet_triton.kernels.config import ConvConfig
-from resnet_triton.kernels.conv_chain import conv_chain_configs, filters_left
+from resnet_triton.kernels.conv_chain import (
+    SHARED_LIMIT,
+    VALUES,
+    conv_chain_configs,
+    conv_chain_shared_bytes,
+    filters_left,
+    values_per_thread,
+)
 from resnet_triton.kernels.geometry import ChainShape
 from tests.comparers import identical
 from tests.interpreter.chains import chain, chain_inputs, check_close, check_exact, expected, run
@@ -121,14 +128,14 @@ def test_nan_and_inf_propagate_as_in_pytorch(tiling: ConvConfig) -> None:
 
 
 REFUSED = [
-    pytest.param(chain(2, 4, 4, 48, 192), "expand.c must be a power of two from 16 to 256, got 48", id="48 channels"),
+    pytest.param(chain(2, 4, 4, 96, 192), "expand.c must be a power of two from 16 to 256, got 96", id="96 channels"),
     pytest.param(chain(2, 4, 4, 512, 64), "expand.c must be .*, got 512", id="512 channels"),
-    pytest.param(chain(2, 4, 4, 16, 64, reduce=512), "reduce.k must be .*, got 512", id="reduction to 512"),
-    pytest.param(chain(2, 4, 4, 16, 64, project=(24, 1)), "project.c must be .*, got 24", id="projection of 24"),
-    pytest.param(chain(2, 4, 4, 16, 80), "bn must divide expand.k", id="80 expanded channels"),
-    pytest.param(chain(2, 5, 6, 16, 64, stride=2), "conv must have stride 1, or stride 2 on an even", id="odd image"),
-    pytest.param(chain(2, 8, 8, 16, 64, stride=4), "conv must have stride 1", id="stride 4"),
-    pytest.param(chain(2, 4, 4, 16, 64, project=(16, 3)), "project must have stride 1", id="projection, stride 3"),
+    pytest.param(chain(2, 4, 4, 64, 256, reduce=512), "reduce.k must be .*, got 512", id="reduction to 512"),
+    pytest.param(chain(2, 4, 4, 64, 256, project=(24, 1)), "project.c must be .*, got 24", id="projection of 24"),
+    pytest.param(chain(2, 4, 4, 64, 80), "bn must divide expand.k", id="80 expanded channels"),
+    pytest.param(chain(2, 5, 6, 64, 256, stride=2), "conv must have stride 1, or stride 2 on an even", id="odd image"),
+    pytest.param(chain(2, 8, 8, 64, 256, stride=4), "conv must have stride 1", id="stride 4"),
+    pytest.param(chain(2, 4, 4, 64, 256, project=(16, 3)), "project must have stride 1", id="projection, stride 3"),
 ]  # fmt: skip
 
 
@@ -139,8 +146,20 @@ def test_refused(shape: ChainShape, reason: str) -> None:
         run(chain_inputs(shape), LEFT)
 
 
-def test_configurations_suit_the_shape() -> None:
-    for shape in (p.values[0] for p in SHAPES):
+def test_configurations() -> None:
+    for shape in (
+        chain(256, 56, 56, 64, 256, project=(64, 1), reduce=64),
+        chain(256, 28, 28, 128, 512, reduce=256, subsample=2),
+        chain(2, 14, 14, 256, 1024, conv=False),
+    ):
         configs = conv_chain_configs(shape, 2)
-        assert configs and conv_chain_configs(shape, 4) == []
-        assert all(c.kernel == "conv_chain" and shape.expand.k % c.bn == 0 for c in configs)
+        assert len({(c.bm, c.warps, filters_left(c)) for c in configs}) == len(configs) >= 3
+        for config in configs:
+            assert config.kernel == "conv_chain" and shape.expand.k % config.bn == 0
+            assert values_per_thread(config, shape) <= VALUES
+            assert conv_chain_shared_bytes(config, shape, 2) <= SHARED_LIMIT
+        assert conv_chain_configs(shape, 4) == []
+    assert conv_chain_configs(chain(256, 32, 32, 32, 128), 2) == [], (
+        "a 3x3 to 32 channels has no warp-group instruction"
+    )
+    assert conv_chain_configs(chain(256, 7, 7, 256, 1024, project=(512, 1), conv=False), 2) == []
