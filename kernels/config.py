@@ -18,12 +18,12 @@ SHORTEST_STRIP = 4
 KERNELS = ("conv_tma", "conv1x1", "conv_pointer", "conv_rolling")
 CHAIN_KERNELS = ("conv_chain", "chain_rolling")
 #: Kernels at the ends of a network.
-END_KERNELS = ("conv1x1_pool",)
+END_KERNELS = ("conv1x1_pool", "stem_pool")
 ALL_KERNELS = KERNELS + CHAIN_KERNELS + END_KERNELS
 #: Kernels that see the output pixels as one row.
 FLAT_KERNELS = ("conv1x1", "conv_pointer", "conv1x1_pool")
 #: Kernels whose program walks down a strip of rows: the box is ``(images, rows of the strip, columns)``.
-ROLLING_KERNELS = ("conv_rolling", "chain_rolling")
+ROLLING_KERNELS = ("conv_rolling", "chain_rolling", "stem_pool")
 #: Kernels that can share a tile's reduction among programs, and those that can be launched dependently.
 SPLIT_KERNELS = ("conv_tma", "conv1x1")
 PDL_KERNELS = (*SPLIT_KERNELS, "conv_pointer")
@@ -144,13 +144,19 @@ def count_tiles(config: ConvConfig, shape: ConvShape) -> int:
     tn, th, tw = config.box
     if config.kernel == "conv_tma":
         rows = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
-    elif config.kernel == "conv_rolling":  # each column of tiles has a row that separates it from the next
-        rows = cdiv(cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1), th)
+    elif config.kernel == "conv_rolling":
+        rows = count_strips(config, shape)
     elif config.kernel == "conv1x1_pool":  # as many whole images as fit
         rows = cdiv(shape.n, max(1, config.bm // (shape.p * shape.q)))
     else:
         rows = cdiv(shape.m, config.bm)
     return rows * cdiv(shape.k, config.bn)
+
+
+def count_strips(config: ConvConfig, shape: ConvShape) -> int:
+    """Strips of a rolling kernel's output pixels: each column of tiles has a row that separates it from the next."""
+    tn, rows, tw = config.box
+    return cdiv(cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1), rows)
 
 
 def tma_describable(shape: ConvShape, itemsize: int) -> bool:
@@ -216,7 +222,11 @@ def alternatives(shape: ConvShape, itemsize: int, tma: bool, multiprocessors: in
     if shape.pointwise:
         # a reduction to fewer channels never has a residual in a ResNet, and its long loop hides the epilogue
         persistent = (2 if bn <= 64 else 1) if shape.c > shape.k else 0
-        return [ConvConfig("conv1x1", (1, 1, min(bm, 128)), bn, bk, persistent=persistent)]
+        configs = [ConvConfig("conv1x1", (1, 1, min(bm, 128)), bn, bk, persistent=persistent)]
+        if wide:  # persistent, a third stage and a residual together would not fit
+            stages = 2 if persistent else 3
+            configs.append(ConvConfig("conv1x1", (1, 1, 256), bn, bk, 8, stages, persistent=min(1, persistent)))
+        return configs
     stages = 2 if bm == 256 else 3  # leaves room for a second program on the multiprocessor
     configs = [ConvConfig("conv_tma", least_waste_box(shape, bm), bn, bk, 4, stages)]
     if wide:
