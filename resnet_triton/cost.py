@@ -7,18 +7,19 @@ counts are rounded up to whole waves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .devices import Target
-from .kernels.config import ROLLING_KERNELS, ConvConfig, Epilogue, count_tiles, reduction_steps, runs_on
+from .kernels.config import ROLLING_KERNELS, ConvConfig, Epilogue, count_strips, count_tiles, reduction_steps, runs_on
 from .kernels.geometry import ChainShape, ConvShape, cdiv
 
 LAUNCH_US = 2.0  # start and drain of one kernel
 DEPENDENT_LAUNCH_SAVES_US = (
     1.0  # of it, where a kernel starts while the one before it drains; an estimate, not measured
 )
+LOAD_US = 0.7  # from asking for a box to having it, an estimate
 LIBRARY_EFFICIENCY = 0.85  # share of the matrix rate that a library's convolution reaches, an estimate
 # Instructions per warp, read off sm_90 machine code (the codegen tests print the table).
 LOOP_INSTRUCTIONS = 115  # of one reduction step, besides the matrix instructions and, without TMA, the addresses
@@ -38,6 +39,8 @@ ROLLING_START = 800
 CHAIN_PRODUCT = 40
 CHAIN_INSTRUCTIONS = 200
 CHAIN_PER_VALUE = 8
+CHAIN_ROLLING_INSTRUCTIONS = 165
+CHAIN_ROLLING_PER_VALUE = 5
 BARRIERS = 256  # bytes of shared memory for barriers
 
 
@@ -143,11 +146,16 @@ def workspace_bytes(config: ConvConfig, shape: ConvShape) -> int:
 def predict_chain(
     shape: ChainShape, config: ConvConfig, dtype: torch.dtype, precision: str, target: Target
 ) -> Prediction:
-    """Prices a chain: one program per box of pixels, which reads all of its weights and keeps the rest on chip."""
+    """Prices a chain: one program per box or strip of pixels, which reads all its weights and keeps the rest on chip.
+
+    What a strip's programs wait for that nothing overlaps is in ``extra``.
+    """
     size, bm, bn = dtype.itemsize, config.bm, config.bn
     tn, th, tw = config.box
     expand, rolling = shape.expand, config.kernel in ROLLING_KERNELS
     programs = cdiv(expand.n, tn) * cdiv(expand.p, th) * cdiv(expand.q, tw)
+    if rolling:
+        programs = count_strips(config, expand)
     tiles = th if rolling else 1  # of BM pixels that a program computes, one after another
     loaded, filters, steps = bm * tiles * expand.c, 0, 0  # elements of the first input, weights and steps of the 3x3
     if shape.conv is not None:
@@ -168,18 +176,28 @@ def predict_chain(
     values = bm * bn / (32 * config.warps)
     columns = tiles * cdiv(expand.k, bn)  # steps of the pointwise loop
     per_column = CHAIN_INSTRUCTIONS + values * CHAIN_PER_VALUE
+    if rolling:
+        per_column = CHAIN_ROLLING_INSTRUCTIONS + values * CHAIN_ROLLING_PER_VALUE
     if shape.project is not None:
         per_column += CHAIN_PRODUCT + values
     instructions = steps * CHAIN_PRODUCT + columns * per_column + EPILOGUE_INSTRUCTIONS * tiles
     # every operand is written to shared memory once; weights are read by each group of 64 pixels
     through = 2 * (loaded + added) + staged + (1 + bm / 64) * (filters * conv_tiles + pointwise * tiles)
-    return Prediction(
+    prediction = Prediction(
         hbm=shape.bytes_moved(size) / target.hbm_tb_s / 1e6,
         l2=programs * (loaded + filters + tiles * pointwise + added) * size / target.l2_tb_s / 1e6,
         shared=waves * through * size / 128 / cycles,
         tensor=waves * 2 * macs / target.tflops(dtype, precision) / 1e6,
         issue=waves * instructions * config.warps / 4 / cycles,
     )
+    if not rolling:
+        return prediction
+    # a row waits for its three boxes, one after another, and for its first step; only other programs work meanwhile
+    resident = max(1, 8 // config.warps)
+    turns = cdiv(programs, target.multiprocessors * resident)
+    busy = max(prediction.tensor, prediction.issue) * target.multiprocessors / waves
+    alone = turns * (busy + (tiles + 2) * 4 * LOAD_US)
+    return replace(prediction, extra=LAUNCH_US + max(0.0, alone - max(prediction.limits.values())))
 
 
 def shared_bytes(config: ConvConfig, itemsize: int, residual: bool = False) -> int:
@@ -209,18 +227,29 @@ def fits(config: ConvConfig, shape: ConvShape, itemsize: int, residual: bool, ta
     return room and (target.tma or config.kernel == "conv_pointer") and runs_on(config, shape, itemsize)
 
 
+def passes_behind(epilogue: Epilogue, one_pass: bool = False) -> tuple[int, int]:
+    """Reads and writes of an output behind a library's convolution, and launches: PyTorch's, or ``bn_act``'s."""
+    if one_pass:
+        return 2 + epilogue.residual, 1
+    return 2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu, epilogue.bn + epilogue.residual + epilogue.relu
+
+
+def passes_us(shape: ConvShape, epilogue: Epilogue, itemsize: int, target: Target, one_pass: bool = False) -> float:
+    """Predicted microseconds of the passes behind a library's convolution."""
+    passes, launches = passes_behind(epilogue, one_pass)
+    return passes * shape.m * shape.k * itemsize / target.hbm_tb_s / 1e6 + launches * LAUNCH_US
+
+
 def predict_unfused(
-    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target
+    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target, one_pass: bool = False
 ) -> Prediction:
-    """Prices a library convolution at a share of the matrix rate, then PyTorch's separate BN, add and ReLU passes."""
+    """Prices a library convolution at a share of the matrix rate, then PyTorch's separate BN, add and ReLU passes, or
+    (``one_pass``) our single one."""
     size = dtype.itemsize
-    output = shape.m * shape.k * size
-    passes = 2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu
-    launches = epilogue.bn + epilogue.residual + epilogue.relu
-    traffic = passes * output / target.hbm_tb_s / 1e6 + launches * LAUNCH_US
+    behind = passes_us(shape, epilogue, size, target, one_pass)
     return Prediction(
-        hbm=shape.bytes_moved(size) / target.hbm_tb_s / 1e6 + traffic,
-        tensor=2 * shape.macs / target.tflops(dtype, precision) / LIBRARY_EFFICIENCY / 1e6 + traffic,
+        hbm=shape.bytes_moved(size) / target.hbm_tb_s / 1e6 + behind,
+        tensor=2 * shape.macs / target.tflops(dtype, precision) / LIBRARY_EFFICIENCY / 1e6 + behind,
     )
 
 
@@ -243,10 +272,9 @@ def ideal_us(moved: int, macs: int, dtype: torch.dtype, target: Target) -> float
     return max(memory, 2 * macs / target.tflops(dtype, "tf32") / 1e6)
 
 
-def unfused_bytes(shape: ConvShape, epilogue: Epilogue, itemsize: int) -> int:
-    """Bytes through device memory of the convolution and its separate passes."""
-    output = shape.m * shape.k * itemsize
-    return shape.bytes_moved(itemsize) + output * (2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu)
+def unfused_bytes(shape: ConvShape, epilogue: Epilogue, itemsize: int, one_pass: bool = False) -> int:
+    """Bytes through device memory of a library's convolution and the passes behind it."""
+    return shape.bytes_moved(itemsize) + shape.m * shape.k * itemsize * passes_behind(epilogue, one_pass)[0]
 
 
 def stem_bytes(shape: ConvShape, itemsize: int) -> int:

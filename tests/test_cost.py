@@ -10,7 +10,7 @@ import torch
 from resnet_triton import cost
 from resnet_triton.devices import Target, known_devices, target_of
 from resnet_triton.kernels.config import ConvConfig, Epilogue, heuristic
-from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.kernels.geometry import ChainShape, ConvShape
 
 #: Round numbers: 10 multiprocessors at 1 GHz, 1 TB/s, 2 TB/s, 100 TFLOP/s.
 TOY = Target("toy", 90, 10, 1.0, 232448, 1.0, 2.0, (("float16", 100.0), ("tf32", 50.0), ("ieee", 10.0)))
@@ -154,3 +154,25 @@ def test_bytes_of_stem_and_head() -> None:
     cells = 2 * 115 * 116 * 16
     assert cost.stem_bytes(shape, 2) == 2 * (2 * 224 * 224 * 3 + 2 * cells + 2 * 112 * 112 * 64)
     assert cost.head_bytes(4, 2048, 1000, 49, 2) == 2 * (4 * 2048 * 51 + 2048 * 1000 + 4 * 1000)
+
+
+def test_a_chain_on_rolling_rows_waits_for_its_boxes() -> None:
+    """One row of tiles is one program; two programs hide what they wait for behind each other, one alone does not."""
+    conv, expand = ConvShape(80, 7, 8, 64, 64, 3, 3, 1, 1), ConvShape(80, 7, 8, 64, 256)
+    shape = ChainShape(conv, expand, reduce=ConvShape(80, 7, 8, 256, 64))
+    two = ConvConfig("chain_rolling", (8, 8, 8), 32, 64, 4, 3)
+    one = replace(two, box=(16, 8, 8), bn=64, warps=8)
+    small, large = (cost.predict_chain(shape, config, torch.half, "tf32", TOY) for config in (two, one))
+    # 10 and 5 programs of 8 rows of tiles, which compute two rows more of the 3x3: one wave each
+    macs = 64 * (10 * 9 * 64 * 64 + 8 * 2 * 64 * 256)
+    assert small.tensor == pytest.approx(10 * 2 * macs / 100e12 * 1e6)
+    assert large.tensor == pytest.approx(2 * small.tensor)
+    waiting = 10 * 4 * cost.LOAD_US
+    assert large.us == pytest.approx(cost.LAUNCH_US + max(large.tensor, large.issue) + waiting)
+    assert small.us == pytest.approx(cost.LAUNCH_US + max(small.tensor, small.issue) + waiting)
+    # with two such programs on a multiprocessor, it is busy for twice as long while each waits as long as before
+    both = cost.predict_chain(
+        replace(shape, **{k: replace(v, n=160) for k, v in vars(shape).items() if isinstance(v, ConvShape)}),
+        two, torch.half, "tf32", TOY,
+    )  # fmt: skip
+    assert both.us < 2 * small.us - waiting / 2
