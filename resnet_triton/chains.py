@@ -122,7 +122,7 @@ def choose_chain(tail: Tail, dtype: torch.dtype, precision: str, target: Target,
     sites = tail.sites()
     apart = {name: plan.choose_conv(*site, dtype, precision, target, backend) for name, site in sites.items()}
     size = dtype.itemsize
-    alone = {name: _bytes(site, apart[name], size) for name, site in sites.items()}
+    alone = {name: plan.conv_bytes(*site, apart[name], size) for name, site in sites.items()}
     options: list[tuple[float, int, Chain | None]] = [(_total(apart.values()), sum(alone.values()), None)]
     for holds, shape in ways(tail):
         choice = _choose(shape, dtype, precision, target)
@@ -143,13 +143,6 @@ def choose_chain(tail: Tail, dtype: torch.dtype, precision: str, target: Target,
     fastest = min(total for total, _, _ in options)
     near = [way for way in options if way[0] <= EQUAL * fastest]
     return min(near, key=lambda way: (way[1], way[0]))[2]
-
-
-def _bytes(site: tuple[ConvShape, Epilogue], choice: Choice, itemsize: int) -> int:
-    """Bytes through device memory of a convolution on its own."""
-    shape, epilogue = site
-    fused = shape.bytes_moved(itemsize, epilogue.residual)
-    return fused if choice.fused else cost.unfused_bytes(shape, epilogue, itemsize)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -24,6 +24,7 @@ from .kernels.small_grid import small_grid_configs
 
 logger = logging.getLogger("resnet_triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ONE_PASS = "cudnn+bn_act"  # the library's convolution, and this package's pass behind it
 CLEAR_WIN = 0.8  # an unmeasured kernel must be predicted to need at most this share of the library's time
 #: Whether convolutions without a measurement are measured at their first call. Read at import.
 AUTOTUNE = os.environ.get("RESNET_TRITON_AUTOTUNE", "0") not in ("", "0")
@@ -35,7 +36,7 @@ class Choice:
     """How one step runs.
 
     Args:
-        realisation: a kernel's name, or ``"cudnn"``, ``"onednn"``, ``"aten"`` for PyTorch's operators.
+        realisation: a kernel's name, :data:`ONE_PASS`, or PyTorch's operators: ``"cudnn"``, ``"onednn"``, ``"aten"``.
         config: the kernel's tiling, if it has one.
         reason: why, in words.
         predicted_us, measured_us: time of the chosen realisation in microseconds, where known.
@@ -223,9 +224,26 @@ def _choose_conv(
             _warn_unmeasured(target, shape, dtype, precision)
     if backend == "triton":
         return Choice(config.kernel, config, f"use_backend('triton'); {text}", ours.us, limit=ours.limit)
-    if win:
+    size = dtype.itemsize
+    one_pass = cost.predict_unfused(shape, epilogue, dtype, precision, target, one_pass=True)
+    behind = cost.passes_us(shape, epilogue, size, target)
+    shorter = cost.passes_us(shape, epilogue, size, target, one_pass=True) <= CLEAR_WIN * behind
+    if win and not (shorter and one_pass.us < ours.us):
         return Choice(config.kernel, config, text, ours.us, limit=ours.limit)
+    if shorter:
+        text += f", {one_pass.us:.1f} us with one pass behind it"
+        return Choice(ONE_PASS, None, text, one_pass.us, limit=one_pass.limit)
     return Choice(library, None, text, theirs, limit=unfused.limit)
+
+
+def conv_bytes(shape: ConvShape, epilogue: Epilogue, choice: Choice, itemsize: int) -> int:
+    """Bytes through device memory of a convolution as chosen."""
+    if choice.realisation == ONE_PASS:
+        return cost.unfused_bytes(shape, epilogue, itemsize, one_pass=True)
+    if not choice.fused and choice.realisation != "onednn":
+        return cost.unfused_bytes(shape, epilogue, itemsize)
+    moved = shape.bytes_moved(itemsize, epilogue.residual)
+    return moved + (cost.workspace_bytes(choice.config, shape) if choice.config else 0)
 
 
 def choose_stem(

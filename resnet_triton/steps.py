@@ -255,6 +255,9 @@ def conv_step(
     choice = plan.choose_conv(shape, epilogue, x.dtype, precision, target_for(x), backend.current_backend())
     if choice.realisation == "onednn" and not Recorder.active:
         return onednn.convolution(x, weight, vectors[0], residual, relu, stride, padding, dilation)
+    if choice.realisation == plan.ONE_PASS and not Recorder.active:
+        y = torch.conv2d(channels_last(x), weight, None, stride, padding, dilation)
+        return bn_act_step(channels_last(y), vectors, residual, eps, relu)
 
     def launch(out: Tensor) -> None:
         from .kernels.dispatch import launch_conv
@@ -268,10 +271,7 @@ def conv_step(
         return reference.conv_bn_act(channels_last(x), weight, *vectors, residual, eps, relu, stride, padding, dilation)
 
     def moved() -> int:
-        if choice.fused or choice.realisation == "onednn":
-            parts = plan.cost.workspace_bytes(choice.config, shape) if choice.config else 0
-            return shape.bytes_moved(x.element_size(), residual is not None) + parts
-        return plan.cost.unfused_bytes(shape, epilogue, x.element_size())
+        return plan.conv_bytes(shape, epilogue, choice, x.element_size())
 
     def allocate() -> Tensor:
         return _new_conv_output(x, *out_shape)
@@ -289,6 +289,16 @@ def conv_step(
         epilogue=epilogue,
         weight_bytes=weights,
     )
+
+
+def bn_act_step(y: Tensor, vectors: Vectors, residual: Tensor | None, eps: float, relu: bool) -> Tensor:
+    """What follows a library's convolution without bias, in place: bias, BN, residual and ReLU on a channels_last y."""
+    from .kernels.bn_act import launch_bn_act
+    from .kernels.epilogue import Operands
+
+    addend = None if residual is None else nhwc(residual)
+    launch_bn_act(y.permute(0, 2, 3, 1), Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu))
+    return y
 
 
 # Stem and pooling
