@@ -26,7 +26,7 @@ import triton
 from torch import Tensor
 
 from . import chains, cost, plan, tuning
-from .chains import Tail
+from .chains import bottleneck_tails
 from .codegen import (
     DEVICES,
     SHARED_LIMIT,
@@ -34,6 +34,7 @@ from .codegen import (
     Launch,
     Metrics,
     Use,
+    chain_launches,
     conv_launches,
     measure,
     planned_for,
@@ -136,38 +137,6 @@ def _chains(kernels: _Kernels, batch: int) -> Iterator[tuple[str, ChainShape]]:
             yield name, chosen.shape
 
 
-def bottleneck_tails(depth: int, batch: int, size: int) -> Iterator[tuple[str, Tail]]:
-    """What follows each bottleneck's first convolution, up to the next one's, where nobody else reads its output."""
-    blocks: dict[str, dict[str, ConvSite]] = {}
-    for site in resnet_convs(depth, batch, size):
-        path = site.name.split(".")
-        blocks.setdefault(".".join(path[:2]), {})[path[2]] = site
-    following: list[dict[str, ConvSite]] = [*list(blocks.values())[1:], {}]
-    step = 1  # at which the block before stored its output
-    for (name, block), after in zip(blocks.items(), following, strict=True):
-        last, conv, project, reduce = block["conv3"], block["conv2"], block.get("downsample"), after.get("conv1")
-        if project and step > 1:  # it reads every pixel that was stored
-            was = project.shape
-            project = project._replace(shape=ConvShape(was.n, was.p, was.q, was.c, was.k))
-        step = after["downsample"].shape.stride if "downsample" in after else 1
-        yield (
-            name,
-            Tail(
-                last.shape,
-                conv.shape,
-                project.shape if project else None,
-                reduce.shape if reduce else None,
-                (
-                    last.epilogue,
-                    conv.epilogue,
-                    project.epilogue if project else None,
-                    reduce.epilogue if reduce else None,
-                ),
-                step,
-            ),
-        )
-
-
 def _tuned(target: Target) -> Iterator[Case]:
     """The measured configurations that are shipped for an architecture."""
     for path in sorted(tuning.shipped_dir().glob("*.json")):
@@ -243,22 +212,9 @@ class _Kernels:
 
     def chain(self, shape: ChainShape, label: str, config: ConvConfig) -> Iterator[Case]:
         """Several convolutions as one kernel, every one with BN."""
-        from .kernels.chain import ChainUnits, Unit, launch_chain
-
-        def meta(*sizes: int) -> Tensor:
-            return _meta(*sizes, dtype=self.dtype)
-
-        def unit(conv: ConvShape | None) -> Unit | None:
-            return Unit(meta(conv.k, conv.r, conv.s, conv.c), _operands(BN_RELU, conv.k, None)) if conv else None
-
-        expand, reduce = unit(shape.expand), shape.reduce
-        assert expand is not None
-        units = ChainUnits(unit(shape.conv), expand, unit(shape.project), unit(reduce))
-        t, shortcut, y = meta(*shape.source), meta(*shape.shortcut), meta(*shape.stored)
-        t_next = None if reduce is None else meta(reduce.n, reduce.p, reduce.q, reduce.k)
         moved = shape.bytes_moved(self.dtype.itemsize)
-        outputs = y.numel() + (0 if t_next is None else t_next.numel())
-        (launch,) = self._trace(lambda: launch_chain(t, shortcut, y, t_next, units, shape, config, self.precision))
+        outputs = math.prod(shape.stored) + (shape.reduce.m * shape.reduce.k if shape.reduce else 0)
+        (launch,) = chain_launches(shape, self.dtype, self.precision, config, self.target.multiprocessors)
         yield self._case(launch, label, moved, outputs, shape, config)
 
     def pooled(self, batch: int) -> Iterator[Case]:

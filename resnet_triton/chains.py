@@ -21,6 +21,7 @@ from .devices import Target
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.geometry import ChainShape, ConvShape
 from .plan import CLEAR_WIN, Choice, refusal
+from .shapes import ConvSite, resnet_convs
 
 EQUAL = 1.05  # predicted times closer than this say nothing
 #: The convolutions beside the expanding one, in the order of execution.
@@ -205,6 +206,38 @@ def configs_of(shape: ChainShape, dtype: torch.dtype, target: Target) -> list[Co
     size = dtype.itemsize
     room = target.shared_memory or math.inf
     return [config for config in chain_configs(shape, size) if chain_shared_bytes(config, shape, size) <= room]
+
+
+def bottleneck_tails(depth: int, batch: int, size: int) -> Iterator[tuple[str, Tail]]:
+    """What follows each bottleneck's first convolution, up to the next one's, where nobody else reads its output."""
+    blocks: dict[str, dict[str, ConvSite]] = {}
+    for site in resnet_convs(depth, batch, size):
+        path = site.name.split(".")
+        blocks.setdefault(".".join(path[:2]), {})[path[2]] = site
+    following: list[dict[str, ConvSite]] = [*list(blocks.values())[1:], {}]
+    step = 1  # at which the block before stored its output
+    for (name, block), after in zip(blocks.items(), following, strict=True):
+        last, conv, project, reduce = block["conv3"], block["conv2"], block.get("downsample"), after.get("conv1")
+        if project and step > 1:  # it reads every pixel that was stored
+            was = project.shape
+            project = project._replace(shape=ConvShape(was.n, was.p, was.q, was.c, was.k))
+        step = after["downsample"].shape.stride if "downsample" in after else 1
+        yield (
+            name,
+            Tail(
+                last.shape,
+                conv.shape,
+                project.shape if project else None,
+                reduce.shape if reduce else None,
+                (
+                    last.epilogue,
+                    conv.epilogue,
+                    project.epilogue if project else None,
+                    reduce.epilogue if reduce else None,
+                ),
+                step,
+            ),
+        )
 
 
 plan.CLEARED += [choose_chain.cache_clear, choose_pooled.cache_clear]

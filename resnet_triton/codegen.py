@@ -288,6 +288,36 @@ def conv_launches(
     return trace(lambda: launch_conv(x, w, y, shape, operands, config, precision), multiprocessors)
 
 
+def chain_launches(
+    shape: ChainShape,
+    dtype: torch.dtype,
+    precision: str,
+    config: ConvConfig,
+    multiprocessors: int,
+    vectors: torch.dtype = torch.float32,
+) -> list[Launch]:
+    """What a chain launches, every convolution with BN; ``vectors`` is the dtype of BN's vectors."""
+    from .kernels.chain import ChainUnits, Unit, launch_chain
+    from .kernels.epilogue import Operands
+
+    def meta(*sizes: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(sizes, dtype=of, device="meta")
+
+    def unit(conv: ConvShape | None) -> Unit | None:
+        if conv is None:
+            return None
+        gamma, beta, mean, var = (meta(conv.k, of=vectors) for _ in range(4))
+        operands = Operands(None, None, gamma, beta, mean, var, 1e-5, True)
+        return Unit(meta(conv.k, conv.r, conv.s, conv.c), operands)
+
+    expand, reduce = unit(shape.expand), shape.reduce
+    assert expand is not None
+    units = ChainUnits(unit(shape.conv), expand, unit(shape.project), unit(reduce))
+    t, shortcut, y = meta(*shape.source), meta(*shape.shortcut), meta(*shape.stored)
+    t_next = None if reduce is None else meta(reduce.n, reduce.p, reduce.q, reduce.k)
+    return trace(lambda: launch_chain(t, shortcut, y, t_next, units, shape, config, precision), multiprocessors)
+
+
 def compile_launch(launch: Launch, sm: int) -> Compiled:
     """Compiles one launch for an architecture; a later launch of the same program finds it in Triton's cache.
 

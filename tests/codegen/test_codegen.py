@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 
-from resnet_triton import aot, codegen, golden, plan, tune, tuning
+from resnet_triton import aot, chains, codegen, golden, plan, tune, tuning
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.shapes import resnet_convs
@@ -37,7 +37,7 @@ def test_program(case: codegen.Case) -> None:
 
 
 def test_tails_hold_every_convolution_once() -> None:
-    tails = dict(aot.bottleneck_tails(50, 2, 224))
+    tails = dict(chains.bottleneck_tails(50, 2, 224))
     first, *others = resnet_convs(50, 2)
     parts = [conv for tail in tails.values() for conv in (tail.last, tail.conv, tail.project, tail.reduce) if conv]
     assert len(parts) == len(others) and sum(conv.macs for conv in parts) == sum(site.shape.macs for site in others)
