@@ -289,6 +289,8 @@ def own_configs(shape: ConvShape, dtype: torch.dtype, precision: str, target: Ta
         widest = 128 if tensor_cores(dtype, precision) else 32
         # a rolling convolution would move its accumulators between tensor memory and registers at every step
         tiled = [config for config in configs if config.kernel not in ROLLING_KERNELS]
+        # 256x128 pixels and filters, in this order, spill there; conv_tma has the filters first
+        tiled = [config for config in tiled if config.kernel != "conv1x1" or config.bm <= 128]
         configs = [replace(config, warps=8, bn=min(config.bn, widest)) for config in tiled]
     return configs
 
