@@ -117,7 +117,9 @@ class ChainShape:
                 raise ValueError(f"{name} must be a 1x1 convolution of stride 1, got {conv}")
         if self.conv is not None and (self.conv.n, self.conv.p, self.conv.q, self.conv.k) != (e.n, e.h, e.w, e.c):
             raise ValueError(f"expand must read what conv computes, got {self.conv} and {e}")
-        if self.project is not None and (self.project.p, self.project.q, self.project.k) != (e.p, e.q, e.k):
+        if self.project is not None and (self.project.n, self.project.p, self.project.q, self.project.k) != (
+            e.n, e.p, e.q, e.k,
+        ):  # fmt: skip
             raise ValueError(f"project must compute what is added to expand, got {self.project} and {e}")
         if self.reduce is not None and (self.reduce.n, self.reduce.h, self.reduce.w, self.reduce.c) != (
             e.n, e.p, e.q, e.k,

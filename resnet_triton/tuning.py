@@ -2,10 +2,10 @@
 
 A configuration is looked for in ``$RESNET_TRITON_CONFIG_DIR``, then in the user's cache, then in the files shipped in
 ``resnet_triton/tuned``, first under the device's own name, then under the names of GPUs of the same architecture. The
-first folder that has the convolution at a near batch size answers.
+first folder that has the convolution, or the chain of them, at a near batch size answers.
 
-A file is data only: every value in it is checked for type and range before use, and none can name code. A bad file is
-left out with one warning that says what is wrong with it, and the next folder serves.
+A bad file is left out with one warning that says what is wrong with it, and the next folder serves. What may be in one
+is in :mod:`.entries`.
 """
 
 from __future__ import annotations
@@ -19,95 +19,23 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from .devices import Target, known_devices
-from .kernels.config import KERNELS, ConvConfig
-from .kernels.geometry import ConvShape
+from .entries import AnyEntry, ChainEntry, E, Entry, check_keys, check_whole, nearest, refuse
+from .kernels.geometry import ChainShape, ConvShape
 
 logger = logging.getLogger("resnet_triton")
 FORMAT = 2
 MAX_BYTES = 16 << 20
 MAX_ENTRIES = 50_000
 MAX_FILES = 64  # of one folder, where any GPU's file will do
-DTYPES = ("float32", "float16", "bfloat16")
-PRECISIONS = ("tf32", "ieee")
 WAY_OUT = "delete it, or measure again with `resnet-triton tune`"
-_SIZES = {
-    "n": (1, 1 << 20), "h": (1, 1 << 16), "w": (1, 1 << 16), "c": (1, 1 << 20), "k": (1, 1 << 20), "r": (1, 64),
-    "s": (1, 64), "stride": (1, 64), "padding": (0, 1024), "dilation": (1, 1024),
-}  # fmt: skip
-_TILING = {
-    "bn": (16, 512), "bk": (16, 512), "warps": (1, 32), "stages": (1, 16), "persistent": (0, 32), "split": (1, 16),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One measured convolution.
-
-    Args:
-        shape, dtype, residual: what was measured (dtype name without ``torch.``).
-        config: the fastest configuration of ours.
-        us: its time, microseconds.
-        library_us: time of cuDNN and the separate passes that it replaces, microseconds.
-        precision: ``"tf32"`` or ``"ieee"`` for float32, else ``""``.
-        versions: of torch, triton and cuDNN at the measurement.
-    """
-
-    shape: ConvShape
-    dtype: str
-    residual: bool
-    config: ConvConfig
-    us: float
-    library_us: float
-    precision: str = ""
-    versions: dict[str, str] = field(default_factory=dict, compare=False)
-
-    def __post_init__(self) -> None:
-        allowed = PRECISIONS if self.dtype == "float32" else ("",)
-        if self.precision not in allowed:
-            raise ValueError(f"precision is {self.precision!r}, allowed for {self.dtype}: {_listed(allowed)}")
-
-    @property
-    def key(self) -> tuple[ConvShape, str, str, bool]:
-        """What a file holds at most once."""
-        return self.shape, self.dtype, self.precision, self.residual
-
-    def to_dict(self) -> dict:
-        """A JSON-ready dict."""
-        return {**asdict(self), "config": self.config.to_dict()}
-
-    @classmethod
-    def from_dict(cls, data: dict, where: str = "entry") -> Entry:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: naming the value (``where`` and its path) and what is allowed.
-        """
-        names = ("shape", "dtype", "residual", "config", "us", "library_us", "precision", "versions")
-        _keys(data, where, names)
-        shape = _keys(data["shape"], f"{where}.shape", tuple(_SIZES))
-        for name, (low, high) in _SIZES.items():
-            _whole(shape[name], f"{where}.shape.{name}", low, high)
-        conv = ConvShape(**shape)
-        if min(conv.p, conv.q) < 1:
-            _refuse(f"{where}.shape", data["shape"], "a window that fits the padded image")
-        _choice(data["dtype"], f"{where}.dtype", DTYPES)
-        _choice(data["precision"], f"{where}.precision", PRECISIONS if data["dtype"] == "float32" else ("",))
-        if not isinstance(data["residual"], bool):
-            _refuse(f"{where}.residual", data["residual"], "true or false")
-        times = {name: _microseconds(data[name], f"{where}.{name}") for name in ("us", "library_us")}
-        config = _config(data["config"], f"{where}.config")
-        versions = _versions(data["versions"], f"{where}.versions")
-        return cls(
-            conv, data["dtype"], data["residual"], config, **times, precision=data["precision"], versions=versions
-        )
 
 
 @dataclass(frozen=True)
@@ -117,92 +45,20 @@ class Tuned:
     device: str
     sm: int
     entries: tuple[Entry, ...]
+    chains: tuple[ChainEntry, ...] = ()
+
+    @property
+    def both(self) -> list[AnyEntry]:
+        """The entries of convolutions, then those of chains."""
+        return [*self.entries, *self.chains]
 
     def nearest(self, shape: ConvShape, dtype: str, precision: str, residual: bool) -> Entry | None:
         """The entry of the same convolution at the nearest batch within a factor of two, or None."""
-        wanted = _without_batch(shape)
-        near = [
-            e
-            for e in self.entries
-            if (e.dtype, e.precision, e.residual) == (dtype, precision, residual)
-            and e.shape.n <= 2 * shape.n
-            and shape.n <= 2 * e.shape.n
-            and _without_batch(e.shape) == wanted
-        ]
-        return min(near, key=lambda e: abs(e.shape.n - shape.n), default=None)
+        return nearest((e for e in self.entries if e.is_of(shape, dtype, precision, residual)), shape.n)
 
-
-def _without_batch(shape: ConvShape) -> tuple[int, ...]:
-    return tuple(vars(shape).values())[1:]
-
-
-# Checking what a file says
-
-
-def _refuse(where: str, value: object, allowed: str) -> NoReturn:
-    raise ValueError(f"{where} is {value!r:.80}, allowed: {allowed}")
-
-
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(repr(value) for value in values)
-
-
-def _keys(data: Any, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> dict:
-    if not isinstance(data, dict):
-        _refuse(where, data, f"an object with {_listed(names)}")
-    missing, unknown = set(names) - set(data) - set(optional), set(data) - set(names)
-    if missing:
-        raise ValueError(f"{where} lacks {_listed(sorted(missing))}")
-    if unknown:
-        raise ValueError(f"{where} has unknown keys {_listed(sorted(unknown))[:80]}, allowed: {_listed(names)}")
-    return data
-
-
-def _whole(value: Any, where: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        _refuse(where, value, f"an integer from {low} to {high}")
-    return value
-
-
-def _choice(value: Any, where: str, allowed: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in allowed:
-        _refuse(where, value, _listed(allowed))
-    return value
-
-
-def _microseconds(value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < 1e9:
-        _refuse(where, value, "positive microseconds below 1e9")
-    return float(value)
-
-
-def _config(data: Any, where: str) -> ConvConfig:
-    _keys(data, where, ("kernel", "box", *_TILING, "pdl"), ("warps", "stages", "persistent", "split", "pdl"))
-    _choice(data["kernel"], f"{where}.kernel", KERNELS)
-    box = data["box"]
-    if not isinstance(box, list) or len(box) != 3:
-        _refuse(f"{where}.box", box, "three integers: images, rows, columns")
-    for side in box:
-        _whole(side, f"{where}.box", 1, 512)
-    for name in _TILING.keys() & data.keys():
-        _whole(data[name], f"{where}.{name}", *_TILING[name])
-    if not isinstance(data.get("pdl", False), bool):
-        _refuse(f"{where}.pdl", data["pdl"], "true or false")
-    try:
-        config = ConvConfig.from_dict(data)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    _whole(config.bm, f"{where}.box (its product)", 16, 1024)
-    return config
-
-
-def _versions(data: Any, where: str) -> dict[str, str]:
-    if not isinstance(data, dict) or len(data) > 16:
-        _refuse(where, data, "an object of at most 16 names and versions")
-    for name, version in data.items():
-        if not isinstance(version, str) or len(name) + len(version) > 200:
-            _refuse(f"{where}.{name:.50}", version, "a short text")
-    return data
+    def nearest_chain(self, shape: ChainShape, dtype: str) -> ChainEntry | None:
+        """The same for a chain."""
+        return nearest((e for e in self.chains if e.is_of(shape, dtype)), shape.expand.n)
 
 
 # Files
@@ -266,18 +122,22 @@ def read(path: Path) -> Tuned:
     if type(found) is not int or found != FORMAT:
         raise ValueError(f"{path} has format {found!r:.50}; this version reads format {FORMAT}: {WAY_OUT}")
     try:
-        _keys(data, "the file", ("format", "device", "sm", "entries"))
+        check_keys(data, "the file", ("format", "device", "sm", "entries", "chains"), ("chains",))
         if not isinstance(data["device"], str) or not 0 < len(data["device"]) <= 200:
-            _refuse("device", data["device"], "a device name")
-        _whole(data["sm"], "sm", 0, 999)
-        entries = data["entries"]
-        if not isinstance(entries, list) or len(entries) > MAX_ENTRIES:
-            what = f"{len(entries)} of them" if isinstance(entries, list) else entries
-            _refuse("entries", what, f"a list of at most {MAX_ENTRIES}")
-        made = tuple(Entry.from_dict(item, f"entries[{i}]") for i, item in enumerate(entries))
+            refuse("device", data["device"], "a device name")
+        check_whole(data["sm"], "sm", 0, 999)
+        entries = _records(data["entries"], "entries", Entry.from_dict)
+        chains = _records(data.get("chains", []), "chains", ChainEntry.from_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {WAY_OUT}") from None
-    return Tuned(data["device"], data["sm"], made)
+    return Tuned(data["device"], data["sm"], entries, chains)
+
+
+def _records(items: Any, where: str, from_dict: Callable[[Any, str], E]) -> tuple[E, ...]:
+    if not isinstance(items, list) or len(items) > MAX_ENTRIES:
+        what = f"{len(items)} of them" if isinstance(items, list) else items
+        refuse(where, what, f"a list of at most {MAX_ENTRIES}")
+    return tuple(from_dict(item, f"{where}[{i}]") for i, item in enumerate(items))
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -295,9 +155,9 @@ def _bytes_of(path: Path) -> bytes:
         os.close(handle)
 
 
-def load(path: Path) -> list[Entry]:
-    """The entries of one file; raises as :func:`read`."""
-    return list(read(path).entries)
+def load(path: Path) -> list[AnyEntry]:
+    """The entries of one file, those of chains last; raises as :func:`read`."""
+    return read(path).both
 
 
 def versions() -> dict[str, str]:
@@ -308,16 +168,18 @@ def versions() -> dict[str, str]:
     return {name: version for name, version in found.items() if version}
 
 
-def save(path: Path, device_name: str, entries: Iterable[Entry], sm: int | None = None) -> None:
+def save(path: Path, device_name: str, entries: Iterable[AnyEntry], sm: int | None = None) -> None:
     """Writes one file atomically: a reader sees the old file or the new one.
 
     Args:
-        path, device_name, entries: of the file.
+        path, device_name, entries: of the file; entries of convolutions and of chains in any order.
         sm: compute capability times ten; None is that of the device's record, 0 without one.
     """
     if sm is None:
         sm = known_devices()[device_name].sm if device_name in known_devices() else 0
-    data = {"format": FORMAT, "device": device_name, "sm": sm, "entries": [entry.to_dict() for entry in entries]}
+    data: dict[str, Any] = {"format": FORMAT, "device": device_name, "sm": sm, "entries": [], "chains": []}
+    for entry in entries:
+        data["chains" if isinstance(entry, ChainEntry) else "entries"].append(entry.to_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
     try:
@@ -332,20 +194,20 @@ def save(path: Path, device_name: str, entries: Iterable[Entry], sm: int | None 
         raise
 
 
-def merge(path: Path, device_name: str, entries: Iterable[Entry], sm: int | None = None) -> None:
-    """Adds entries to a file, in place of those for the same convolutions; the others stay. None at all only checks it.
+def merge(path: Path, device_name: str, entries: Iterable[AnyEntry], sm: int | None = None) -> None:
+    """Adds entries to a file, in place of those for the same work; the others stay. None at all only checks it.
 
     Raises:
         ValueError: the file is there and cannot be read as one of this device; it is left as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_suffix(".lock")):
-        found = {}
+        found: dict[tuple, AnyEntry] = {}
         if os.path.lexists(path):
             before = read(path)
             if before.device != device_name:
                 raise ValueError(f"{path} is of {before.device!r}, these entries are of {device_name!r}; {WAY_OUT}")
-            found = {entry.key: entry for entry in before.entries}
+            found = {entry.key: entry for entry in before.both}
             sm = before.sm if sm is None else sm
         added = {entry.key: entry for entry in entries}
         if added:
@@ -391,12 +253,13 @@ def lookup(
         precision: ``"tf32"`` or ``"ieee"``; it matters for fp32 alone.
     """
     wanted = _wanted(dtype, precision)
-    for folder in _folders():
-        tuned = _own_file(folder, device_name)
-        entry = tuned and tuned.nearest(shape, *wanted, residual)
-        if entry:
-            return entry
-    return None
+    return _first(device_name, lambda tuned: tuned.nearest(shape, *wanted, residual))
+
+
+def lookup_chain(device_name: str, shape: ChainShape, dtype: torch.dtype) -> ChainEntry | None:
+    """The same for a chain."""
+    name, _ = _wanted(dtype)
+    return _first(device_name, lambda tuned: tuned.nearest_chain(shape, name))
 
 
 def lookup_sibling(
@@ -404,16 +267,37 @@ def lookup_sibling(
 ) -> tuple[str, Entry] | None:
     """The same from a GPU of another name and the same architecture: ``(its name, the entry)``, or None."""
     wanted = _wanted(dtype, precision)
+    return _first_sibling(target, lambda tuned: tuned.nearest(shape, *wanted, residual))
+
+
+def lookup_sibling_chain(target: Target, shape: ChainShape, dtype: torch.dtype) -> tuple[str, ChainEntry] | None:
+    """The same for a chain."""
+    name, _ = _wanted(dtype)
+    return _first_sibling(target, lambda tuned: tuned.nearest_chain(shape, name))
+
+
+def _first(device_name: str, find: Callable[[Tuned], E | None]) -> E | None:
+    """What the first folder finds that has it in the device's own file."""
+    for folder in _folders():
+        tuned = _own_file(folder, device_name)
+        entry = find(tuned) if tuned else None
+        if entry:
+            return entry
+    return None
+
+
+def _first_sibling(target: Target, find: Callable[[Tuned], E | None]) -> tuple[str, E] | None:
+    """What the first folder finds that has it in the file of a sibling of the target; and whose file that is."""
     for folder in _folders():
         for tuned in _all_files(folder):
             if tuned.sm == target.sm and tuned.device != target.name:
-                entry = tuned.nearest(shape, *wanted, residual)
+                entry = find(tuned)
                 if entry:
                     return tuned.device, entry
     return None
 
 
-def _wanted(dtype: torch.dtype, precision: str) -> tuple[str, str]:
+def _wanted(dtype: torch.dtype, precision: str = "") -> tuple[str, str]:
     name = str(dtype).removeprefix("torch.")
     return name, precision if name == "float32" else ""
 

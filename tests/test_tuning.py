@@ -16,13 +16,25 @@ import torch
 from resnet_triton import plan, tuning
 from resnet_triton.devices import Target
 from resnet_triton.kernels.config import ConvConfig
-from resnet_triton.kernels.geometry import ConvShape
-from resnet_triton.tuning import Entry
+from resnet_triton.kernels.geometry import ChainShape, ConvShape
+from resnet_triton.tuning import ChainEntry, Entry
 
 DEVICE = "NVIDIA Test GPU"
 SHAPE = ConvShape(32, 14, 14, 64, 64, 3, 3, 1, 1)
 CONFIG = ConvConfig("conv_tma", (32, 2, 2), 64, 64, 8, 4)
 ENTRY = Entry(SHAPE, "float16", True, CONFIG, 12.5, 20.0, versions={"torch": "2.11.0"})
+
+
+def chain(n: int = 32, **changes: Any) -> ChainShape:
+    """The 3x3, the 1x1 behind it, the projection and the next 1x1 of a block at a batch size."""
+    parts = {"conv": ConvShape(n, 14, 14, 64, 64, 3, 3, 1, 1), "project": ConvShape(n, 14, 14, 64, 256)}
+    return ChainShape(**{"expand": ConvShape(n, 14, 14, 64, 256), **parts, **changes})
+
+
+CHAIN = ChainEntry(
+    chain(reduce=ConvShape(32, 14, 14, 256, 64)), "float16", ConvConfig("chain_rolling", (4, 700, 16), 64, 64, 4, 3),
+    30.0, 70.0, {"torch": "2.11.0"},
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +51,7 @@ def forget() -> None:
     plan.forget()
 
 
-def store(folder: Path, *entries: Entry, device: str = DEVICE) -> Path:
+def store(folder: Path, *entries: Entry | ChainEntry, device: str = DEVICE) -> Path:
     path = folder / tuning.file_name(device)
     tuning.save(path, device, list(entries), 90)
     forget()
@@ -62,6 +74,18 @@ def test_round_trip(folders) -> None:
     data = json.loads(path.read_text())
     assert data["format"] == tuning.FORMAT and data["device"] == DEVICE and data["sm"] == 90
     assert tuning.load(path)[1].versions["torch"] == torch.__version__
+
+
+def test_chains_come_back_as_written(folders) -> None:
+    """A strip may be longer than any tile."""
+    other = replace(CHAIN, shape=chain(conv=None, project=None, subsample=2), dtype="bfloat16")
+    path = store(folders["cache"], CHAIN, ENTRY, other)
+    assert tuning.load(path) == [ENTRY, CHAIN, other]
+    assert tuning.read(path).chains == (CHAIN, other)
+    data = json.loads(path.read_text())
+    del data["chains"]  # a file from before there were any
+    path.write_text(json.dumps(data))
+    assert tuning.load(path) == [ENTRY]
 
 
 def test_split_and_dependent_launch(folders) -> None:
@@ -164,6 +188,16 @@ def entry_with(value: Any, *path: str) -> str:
     return file_with(entry)
 
 
+def chain_with(value: Any, *path: str) -> str:
+    """A file with a chain that has another value there."""
+    entry = json.loads(json.dumps(CHAIN.to_dict()))
+    place = entry
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return file_with(GOOD, chains=[entry])
+
+
 def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in GOOD.items() if key != name}
 
@@ -233,6 +267,21 @@ BROKEN: dict[str, tuple[str | bytes, str]] = {
     "an absurd size": (entry_with(10**30, "shape", "n"), r"shape.n is 10+, allowed: an integer from 1 to 1048576"),
     "a fraction for a size": (entry_with(32.0, "shape", "n"), r"shape.n is 32.0, allowed: an integer"),
     "a window that does not fit": (entry_with(31, "shape", "r"), r"shape is .*allowed: a window that fits"),
+    "chains that are no list": (file_with(GOOD, chains={}), r"chains is \{\}, allowed: a list"),
+    "a convolution among the chains": (file_with(GOOD, chains=[GOOD]), r"chains\[0\] has unknown keys 'precision'"),
+    "a chain without its sum": (chain_with(None, "shape", "expand"), r"shape.expand is None, allowed: an object"),
+    "a chain of other images": (chain_with(8, "shape", "conv", "n"), r"chains\[0\].shape: expand must read"),
+    "a shortcut of other images": (chain_with(8, "shape", "project", "n"), r"shape: project must compute"),
+    "an absurd size in a chain": (chain_with(0, "shape", "reduce", "k"), r"shape.reduce.k is 0, allowed: an integer"),
+    "a chain that keeps a third": (chain_with(3, "shape", "subsample"), r"subsample is 3, allowed: an integer from 1"),
+    "a chain in fp32": (chain_with("float32", "dtype"), r"dtype is 'float32', allowed: 'float16', 'bfloat16'"),
+    "a chain by a convolution's kernel": (
+        chain_with("conv_tma", "config", "kernel"),
+        r"chains\[0\].config.kernel is 'conv_tma', allowed: 'conv_chain', 'chain_rolling'",
+    ),
+    "a chain without a time": (chain_with(None, "library_us"), r"library_us is None, allowed: positive"),
+    "a chain with a long box": (chain_with([1, 8, 513], "config", "box"), r"box is 513, allowed: an integer from 1"),
+    "a chain that names code": (chain_with("os", "shape", "hook"), r"shape has unknown keys 'hook'"),
     "versions in numbers": (entry_with(2, "versions", "torch"), r"versions.torch is 2, allowed: a short text"),
     "a long version": (entry_with("9" * 1000, "versions", "torch"), r"allowed: a short text"),
 }
@@ -326,6 +375,15 @@ def test_merging_replaces_the_same_and_keeps_the_others(folders) -> None:
     }
 
 
+def test_merging_keeps_convolutions_and_chains(folders) -> None:
+    path = store(folders["cache"], ENTRY, CHAIN)
+    half = replace(CHAIN, dtype="bfloat16")
+    tuning.merge(path, DEVICE, [half, replace(CHAIN, us=1.0)])
+    assert {e.key: e.us for e in tuning.load(path)} == {ENTRY.key: ENTRY.us, CHAIN.key: 1.0, half.key: CHAIN.us}
+    tuning.merge(path, DEVICE, [replace(ENTRY, us=2.0)])
+    assert {e.key: e.us for e in tuning.load(path)} == {ENTRY.key: 2.0, CHAIN.key: 1.0, half.key: CHAIN.us}
+
+
 def test_merging_refuses_the_file_of_another_device(folders) -> None:
     path = store(folders["cache"], ENTRY)
     with pytest.raises(ValueError, match=r"is of 'NVIDIA Test GPU', these entries are of 'NVIDIA Other GPU'"):
@@ -394,6 +452,20 @@ def test_nearest_batch_within_a_factor_of_two(batch: int, expected: int | None, 
     store(folders["cache"], replace(ENTRY, shape=replace(SHAPE, n=64)), ENTRY)
     found = tuning.lookup(DEVICE, replace(SHAPE, n=batch), torch.half, True)
     assert (found.shape.n if found else None) == expected
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(40, 32), (60, 64), (128, 64), (129, None), (15, None)])
+def test_a_chain_is_looked_up_at_the_nearest_batch(batch: int, expected: int | None, folders) -> None:
+    plain = replace(CHAIN, shape=chain())
+    store(folders["cache"], CHAIN, replace(plain, shape=chain(64)), plain)
+    found = tuning.lookup_chain(DEVICE, chain(batch), torch.half)
+    assert (found.batch if found else None) == expected
+    assert tuning.lookup_chain(DEVICE, chain(batch), torch.bfloat16) is None
+    assert tuning.lookup_chain(DEVICE, chain(batch, subsample=2), torch.half) is None
+    assert tuning.lookup_chain(DEVICE, chain(batch, project=None), torch.half) is None
+    near = tuning.lookup_sibling_chain(Target("NVIDIA Other GPU", 90), chain(batch), torch.half)
+    assert near == (found and (DEVICE, found))
+    assert tuning.lookup_sibling_chain(Target("NVIDIA Other GPU", 80), chain(batch), torch.half) is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from .. import tuning
 from ..backend import dot_precision
 from ..convert import convert
 from ..devices import Target, known_devices, target_of
+from ..entries import PRECISIONS
 from ..sources import load_model
 from ..tune import Progress, Report, Result, Site, merged, sites_of, tune
 from .common import DTYPES, channels_of, height_and_width, minutes, model_arguments, positive, size_arguments, table
@@ -31,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=tuple(DTYPES), help="default: bf16")
     parser.add_argument(
         "--precision",
-        choices=tuning.PRECISIONS,
+        choices=PRECISIONS,
         help="of fp32 convolutions: TF32 or exact (default: PyTorch's setting, which is TF32)",
     )
     parser.add_argument(
