@@ -134,6 +134,9 @@ TILES = ((256, 64, 8), (256, 32, 8), (128, 64, 4), (128, 64, 8), (128, 32, 8), (
 #: Values per thread that leave room for addresses and the epilogue: with at most so many, none of the programs seen
 #: spills or waits for each of its matrix instructions.
 VALUES = 224
+#: The same for a 3x3 with an identity shortcut, which needs fewer addresses. The compiler may then wait for each product
+#: of the 3x3; the products of the other warp group run meanwhile.
+VALUES_IDENTITY = 240
 #: Bytes of shared memory that a program may have on sm_90.
 SHARED_LIMIT = 227 * 1024
 
@@ -156,10 +159,15 @@ def conv_chain_configs(shape: ChainShape, itemsize: int) -> list[ConvConfig]:
                 break
         else:
             continue
-        if refusal(shape, config) is None and values_per_thread(config, shape) <= VALUES:
+        if refusal(shape, config) is None and values_per_thread(config, shape) <= most_values(shape):
             # narrower steps only where wide ones do not fit, or where the order of the products differs
             configs.setdefault((bm, warps, filters_left(config)), config)
     return list(configs.values())
+
+
+def most_values(shape: ChainShape) -> int:
+    """What :func:`values_per_thread` may be without spills."""
+    return VALUES_IDENTITY if shape.conv is not None and shape.project is None else VALUES
 
 
 def filters_left(config: ConvConfig) -> bool:

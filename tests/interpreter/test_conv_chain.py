@@ -10,10 +10,10 @@ import torch
 from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.kernels.conv_chain import (
     SHARED_LIMIT,
-    VALUES,
     conv_chain_configs,
     conv_chain_shared_bytes,
     filters_left,
+    most_values,
     values_per_thread,
 )
 from resnet_triton.kernels.geometry import ChainShape
@@ -156,7 +156,7 @@ def test_configurations() -> None:
         assert len({(c.bm, c.warps, filters_left(c)) for c in configs}) == len(configs) >= 3
         for config in configs:
             assert config.kernel == "conv_chain" and shape.expand.k % config.bn == 0
-            assert values_per_thread(config, shape) <= VALUES
+            assert values_per_thread(config, shape) <= most_values(shape)
             assert conv_chain_shared_bytes(config, shape, 2) <= SHARED_LIMIT
         assert conv_chain_configs(shape, 4) == []
     assert conv_chain_configs(chain(256, 32, 32, 32, 128), 2) == [], (
