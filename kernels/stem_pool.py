@@ -76,8 +76,8 @@ def pooled_columns(
 
 @triton.jit
 def stem_pool(
-    xs, w, y, bias, gamma, beta, mean, var, eps, N, P, Q, K: tl.constexpr, INT64: tl.constexpr, PRECISION: tl.constexpr,
-    TN: tl.constexpr, ROWS: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    xs, w, y, bias, gamma, beta, mean, var, eps, N, P, Q, ROWS, K: tl.constexpr, INT64: tl.constexpr,
+    PRECISION: tl.constexpr, TN: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """ROWS pooled rows of TW - 2 columns of the convolution of TN images. ``xs`` and ``w`` are tensor descriptors."""
     BM: tl.constexpr = TN * TW
@@ -178,6 +178,6 @@ def launch_stem_pool(
     strips = cdiv(n, tn) * cdiv(pooled_h, rows // 2) * cdiv(pooled_w, tw // 2 - 1)
     count("stem_pool")
     stem_pool[(strips,)](
-        windows, w_box, y, *operands.vectors, n, p, q, K=k, INT64=needs_int64(y), PRECISION=precision,
-        TN=tn, ROWS=rows // 2, TW=tw, BN=config.bn, BK=WINDOW, num_warps=config.warps, num_stages=config.stages,
+        windows, w_box, y, *operands.vectors, n, p, q, rows // 2, K=k, INT64=needs_int64(y),
+        PRECISION=precision, TN=tn, TW=tw, BN=config.bn, BK=WINDOW, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -37,10 +37,13 @@ ROLLING_RESIDUAL_PER_VALUE = 6.1
 ROLLING_START = 800
 # Of a chain: one product of the 3x3, and one step of the pointwise loop besides its values.
 CHAIN_PRODUCT = 40
-CHAIN_INSTRUCTIONS = 200
-CHAIN_PER_VALUE = 8
+CHAIN_INSTRUCTIONS = 240
+CHAIN_PER_VALUE = 4.3
 CHAIN_ROLLING_INSTRUCTIONS = 165
 CHAIN_ROLLING_PER_VALUE = 5
+# Of the fused stem: once a program, and a value of each row of the convolution.
+STEM_START = 700
+STEM_PER_VALUE = 10.2
 BARRIERS = 256  # bytes of shared memory for barriers
 
 
@@ -180,7 +183,8 @@ def predict_chain(
         per_column = CHAIN_ROLLING_INSTRUCTIONS + values * CHAIN_ROLLING_PER_VALUE
     if shape.project is not None:
         per_column += CHAIN_PRODUCT + values
-    instructions = steps * CHAIN_PRODUCT + columns * per_column + EPILOGUE_INSTRUCTIONS * tiles
+    per_step = CHAIN_PRODUCT if rolling else LOOP_INSTRUCTIONS
+    instructions = steps * per_step + columns * per_column + EPILOGUE_INSTRUCTIONS * tiles
     # every operand is written to shared memory once; weights are read by each group of 64 pixels
     through = 2 * (loaded + added) + staged + (1 + bm / 64) * (filters * conv_tiles + pointwise * tiles)
     prediction = Prediction(
@@ -277,10 +281,46 @@ def unfused_bytes(shape: ConvShape, epilogue: Epilogue, itemsize: int, one_pass:
     return shape.bytes_moved(itemsize) + shape.m * shape.k * itemsize * passes_behind(epilogue, one_pass)[0]
 
 
-def stem_bytes(shape: ConvShape, itemsize: int) -> int:
-    """Bytes of the stem on our kernels: image in, cells out and in (16 channels), activation out."""
-    cells = shape.n * (shape.p + 3) * (shape.q + 4) * 16
-    return itemsize * (shape.n * shape.h * shape.w * 3 + 2 * cells + shape.m * shape.k)
+def stem_bytes(shape: ConvShape, itemsize: int, pool: bool = False) -> int:
+    """Bytes of the stem on our kernels: image in, cells out and in, activation (``pool``: the pooled one) out."""
+    outputs = pooled_size(shape) if pool else shape.m * shape.k
+    return itemsize * (shape.n * shape.h * shape.w * 3 + 2 * cells_size(shape) + outputs)
+
+
+def cells_size(shape: ConvShape) -> int:
+    """Elements of the stem's cells: 16 channels, an even number of columns."""
+    columns = shape.q + 3
+    return shape.n * (shape.p + 3) * (columns + columns % 2) * 16
+
+
+def pooled_size(shape: ConvShape) -> int:
+    """Elements of a convolution's output behind a 3x3 max-pool of stride 2 and padding 1."""
+    return shape.n * cdiv(shape.p, 2) * cdiv(shape.q, 2) * shape.k
+
+
+def predict_stem_pool(shape: ConvShape, config: ConvConfig, dtype: torch.dtype, target: Target) -> Prediction:
+    """Prices ``stem_pool``, and in ``extra`` also the cells and the packed weight that it reads."""
+    size, bm, bn = dtype.itemsize, config.bm, config.bn
+    images, rows, columns = config.box
+    strips = cdiv(cdiv(shape.q, 2), columns // 2 - 1) * cdiv(cdiv(shape.p, 2), rows // 2)
+    programs = cdiv(shape.n, images) * strips
+    steps = 4 * (cdiv(rows, 4) + 1)  # rows of cells
+    waves = cdiv(programs, target.multiprocessors) * target.multiprocessors
+    loaded, weights = bm * config.bk, 4 * bn * config.bk  # elements: of a step, and of a program
+    cycles = target.multiprocessors * target.clock_ghz * 1e3
+    cells = size * cells_size(shape)
+    before = memory_us(size * shape.n * shape.h * shape.w * 3 + cells, target, 2) or 0.0
+    # a box is written once and read by the products with four rows of weights; rows change their layout to be pooled
+    through = 5 * loaded + weights + 2.5 * bm * bn
+    values = bm * bn / (32 * config.warps)
+    return Prediction(
+        hbm=(cells + size * pooled_size(shape)) / target.hbm_tb_s / 1e6,
+        l2=programs * (steps * loaded + weights) * size / target.l2_tb_s / 1e6,
+        shared=waves * steps * through * size / 128 / cycles,
+        tensor=waves * steps * 2 * bm * weights / target.tflops(dtype, "tf32") / 1e6,
+        issue=waves * (STEM_START + steps * STEM_PER_VALUE * values) * config.warps / 4 / cycles,
+        extra=LAUNCH_US + before,
+    )
 
 
 def head_bytes(n: int, c: int, k: int, pixels: int, itemsize: int) -> int:

@@ -29,7 +29,6 @@ from .steps import (
     conv_out_shape,
     conv_step,
     dense_vectors,
-    max_pool_step,
     new_channels_last,
     nhwc,
     run,
@@ -161,10 +160,8 @@ def stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool
     check_operands(x, weight, (bias, gamma, beta, mean, var), None)
     n, k = x.shape[0], weight.shape[0]
     if n > 0 or Recorder.active:
-        y = stem_step(x, weight, (bias, gamma, beta, mean, var), norm_mean, norm_std, eps, (n, k, p, q))
-    else:
-        y = new_channels_last(x, n, k, p, q, weight.dtype)
-    return max_pool_step(y, 3, 2, 1) if pool else y
+        return stem_step(x, weight, (bias, gamma, beta, mean, var), norm_mean, norm_std, eps, (n, k, p, q), pool)
+    return _fake_stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool)
 
 
 def _fake_stem(x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std, eps, pool):

@@ -214,14 +214,14 @@ def _choose_conv(
         ours = cost.predict(shape, epilogue, config, dtype, precision, target)
         text = f"unmeasured here; {entry.us:.1f} us against {entry.library_us:.1f} us by {library} on {name}"
         win = entry.us <= CLEAR_WIN * entry.library_us
-        _warn_borrowed(target, name, shape, dtype, precision)
+        warn_borrowed(target, name, shape, dtype, precision)
     else:
         config = own_config(shape, epilogue, dtype, precision, target)
         ours = cost.predict(shape, epilogue, config, dtype, precision, target)
         text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {theirs:.1f} us by {library}"
         win = ours.us <= CLEAR_WIN * theirs
         if win:
-            _warn_unmeasured(target, shape, dtype, precision)
+            warn_unmeasured(target, shape, dtype, precision)
     if backend == "triton":
         return Choice(config.kernel, config, f"use_backend('triton'); {text}", ours.us, limit=ours.limit)
     size = dtype.itemsize
@@ -247,20 +247,76 @@ def conv_bytes(shape: ConvShape, epilogue: Epilogue, choice: Choice, itemsize: i
 
 
 def choose_stem(
-    shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, target: Target, backend: str, precision: str = "tf32"
+    shape: ConvShape,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    target: Target,
+    backend: str,
+    precision: str = "tf32",
+    pool: bool = False,
 ) -> Choice:
-    """Chooses how the 7x7/2 stem convolution runs: space-to-depth pass and 4x4 convolution, or the library."""
+    """Chooses how the 7x7/2 stem convolution runs: space-to-depth pass and 4x4 convolution, or the library.
+
+    With ``pool``, the ``"stem_pool"`` kernel is a choice too, which computes the max-pool behind it as well.
+    """
     size = dtype.itemsize
     passes = 1 + epilogue.bn + epilogue.relu
     theirs = (cost.unfused_bytes(shape, epilogue, size), passes)
     choice = choose_step("stem", target, dtype, backend, (cost.stem_bytes(shape, size), 4), theirs)
-    if not choice.fused:
-        return choice
-    from .kernels.stem import stem_config
+    if choice.fused:
+        from .kernels.stem import stem_config
 
-    tma = target.tma and tensor_cores(dtype, precision)
-    config = stem_config(shape.n, shape.p, shape.q, shape.k, size, tma)
-    return replace(choice, config=config)
+        tma = target.tma and tensor_cores(dtype, precision)
+        choice = replace(choice, config=stem_config(shape.n, shape.p, shape.q, shape.k, size, tma))
+    return _choose_stem_pool(shape, dtype, target, backend, choice) if pool else choice
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose_stem_pool(shape: ConvShape, dtype: torch.dtype, target: Target, backend: str, apart: Choice) -> Choice:
+    """The stem with its max-pool in one kernel where that is predicted to be faster than ``apart`` and a max-pool."""
+    if backend == "cudnn" or refusal(target, dtype):
+        return apart
+    why = _why_stem_apart(shape, dtype, target)
+    if why:
+        return replace(apart, reason=f"{apart.reason}; the max-pool is a step of its own: {why}")
+    from .kernels.stem_pool import stem_pool_configs
+
+    configs = stem_pool_configs(shape.p, shape.k, dtype.itemsize)
+    if not target.is_cuda:
+        return Choice("stem_pool", configs[0], apart.reason) if apart.fused else apart
+    config = min(configs, key=lambda config: cost.predict_stem_pool(shape, config, dtype, target).us)
+    ours = cost.predict_stem_pool(shape, config, dtype, target)
+    behind = choose_pool(shape.m * shape.k, cost.pooled_size(shape), dtype, target, backend)
+    theirs = (apart.predicted_us or 0.0) + (behind.predicted_us or 0.0)
+    text = f"predicted {ours.us:.1f} us ({ours.limit}) in one kernel with the max-pool, {theirs:.1f} us apart"
+    if ours.us > theirs * (1.0 if apart.fused else CLEAR_WIN):
+        return replace(apart, reason=f"{apart.reason}; {text}")
+    forced = "use_backend('triton'); " if backend == "triton" else ""
+    return Choice("stem_pool", config, f"{forced}unmeasured; {text}", ours.us, limit=ours.limit)
+
+
+def _why_stem_apart(shape: ConvShape, dtype: torch.dtype, target: Target) -> str | None:
+    """Why one kernel cannot compute the stem with its max-pool, or None."""
+    if not target.tma:
+        return "one kernel for both needs a tensor memory accelerator"
+    if target.sm >= 100:
+        return f"one kernel for both was fitted to the registers of sm_90, this is sm_{target.sm}"
+    if dtype == torch.float32:
+        return "one kernel for both has no room for fp32 in its registers"
+    if shape.k > 64:
+        return f"one kernel for both has room for 64 filters in its registers, these are {shape.k}"
+    return None
+
+
+def choose_pool(inputs: int, outputs: int, dtype: torch.dtype, target: Target, backend: str) -> Choice:
+    """Chooses how a max-pool runs that reads and writes so many elements."""
+    return choose_step("max_pool", target, dtype, backend, *pool_work(inputs, outputs, dtype.itemsize))
+
+
+def pool_work(inputs: int, outputs: int, itemsize: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes and launches of a max-pool: ours, and PyTorch's, which also stores an int64 index per value."""
+    moved = (inputs + outputs) * itemsize
+    return (moved, 1), (moved + 8 * outputs, 1)
 
 
 def choose_head(n: int, c: int, k: int, dtype: torch.dtype, target: Target, backend: str, pixels: int = 49) -> Choice:
@@ -341,7 +397,7 @@ def tune_command(batch: int, dtype: torch.dtype, precision: str) -> str:
     return f"resnet-triton tune --model resnet50 --batch {batch} --dtype {DTYPE_NAMES[dtype]}{exact}"
 
 
-def _warn_unmeasured(target: Target, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
+def warn_unmeasured(target: Target, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
     """Says once per device that its plan rests on predictions."""
     _warn_once(
         "unmeasured",
@@ -351,7 +407,7 @@ def _warn_unmeasured(target: Target, shape: ConvShape, dtype: torch.dtype, preci
     )
 
 
-def _warn_borrowed(target: Target, name: str, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
+def warn_borrowed(target: Target, name: str, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
     """Says once per device that its plan rests on another device's measurements."""
     _warn_once(
         "borrowed",

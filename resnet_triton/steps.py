@@ -304,28 +304,33 @@ def bn_act_step(y: Tensor, vectors: Vectors, residual: Tensor | None, eps: float
 # Stem and pooling
 
 
-def stem_step(x, weight, vectors: Vectors, norm_mean, norm_std, eps, out_shape):
-    """Runs the stem's 7x7/2 convolution with BN and ReLU on images, normalised first if asked."""
-    n, k = out_shape[:2]
+def stem_step(x, weight, vectors: Vectors, norm_mean, norm_std, eps, out_shape, pool: bool):
+    """Runs the stem's 7x7/2 convolution with BN and ReLU on images, normalised first if asked, and with ``pool`` the
+    3x3/2 max-pool: in the same kernel or behind it."""
+    n, k, p, q = out_shape
     _, _, h, w = x.shape
     shape = ConvShape(n, h, w, 3, k, 7, 7, 2, 3)
     epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, False, True)
     dtype, size = weight.dtype, weight.element_size()
     precision = backend.dot_precision(dtype)
-    choice = plan.choose_stem(shape, epilogue, dtype, target_for(x), backend.current_backend(), precision)
+    choice = plan.choose_stem(shape, epilogue, dtype, target_for(x), backend.current_backend(), precision, pool)
+    pooled = choice.realisation == "stem_pool"
 
     def launch(y: Tensor) -> None:
         from .kernels import stem as kernels
         from .kernels.epilogue import Operands
+        from .kernels.stem_pool import launch_stem_pool
 
-        cells = kernels.stem_cells(h, w, choice.tiling.kernel == "conv_tma")
+        config = choice.tiling
+        cells = kernels.stem_cells(h, w, config.kernel != "conv_pointer")
         xs = torch.empty((n, *cells, 16), dtype=dtype, device=x.device)
         norm = (None if v is None else v.contiguous() for v in (norm_mean, norm_std))
         kernels.launch_space_to_depth(x, xs, *norm)
         packed = torch.empty((k, 4, 4, 16), dtype=dtype, device=x.device)
         kernels.launch_pack_stem_weight(weight, packed)
         operands = Operands(None, *dense_vectors(vectors), eps=eps, relu=True)
-        kernels.launch_stem_conv(xs, packed, y.permute(0, 2, 3, 1), operands, choice.tiling, precision)
+        launch_conv = launch_stem_pool if pooled else kernels.launch_stem_conv
+        launch_conv(xs, packed, y.permute(0, 2, 3, 1), operands, config, precision)
 
     def eager() -> Tensor:
         image = channels_last(reference.normalise(x, norm_mean, norm_std, dtype))
@@ -333,22 +338,23 @@ def stem_step(x, weight, vectors: Vectors, norm_mean, norm_std, eps, out_shape):
 
     def moved() -> int:
         cost = plan.cost
-        return cost.stem_bytes(shape, size) if choice.fused else cost.unfused_bytes(shape, epilogue, size)
+        return cost.stem_bytes(shape, size, pooled) if choice.fused else cost.unfused_bytes(shape, epilogue, size)
 
     def allocate() -> Tensor:
-        return new_channels_last(x, n, k, out_shape[2], out_shape[3], dtype)
+        height, width = (out_size(p, 3, 2, 1), out_size(q, 3, 2, 1)) if pooled else (p, q)
+        return new_channels_last(x, n, k, height, width, dtype)
 
-    return run("stem", choice, allocate, launch, eager, moved, weight=weight, shape=shape, epilogue=epilogue)
+    op = "stem+pool" if pooled else "stem"
+    y = run(op, choice, allocate, launch, eager, moved, weight=weight, shape=shape, epilogue=epilogue)
+    return max_pool_step(y, 3, 2, 1) if pool and not pooled else y
 
 
 def max_pool_step(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """Max-pools a channels_last activation."""
     n, c, h, w = x.shape
     p, q = out_size(h, kernel, stride, padding), out_size(w, kernel, stride, padding)
-    pixels = n * c * p * q
-    moved = (x.numel() + pixels) * x.element_size()
-    theirs = moved + 8 * pixels  # PyTorch's also stores an int64 index per value
-    choice = plan.choose_step("max_pool", target_for(x), x.dtype, backend.current_backend(), (moved, 1), (theirs, 1))
+    choice = plan.choose_pool(x.numel(), n * c * p * q, x.dtype, target_for(x), backend.current_backend())
+    (moved, _), (theirs, _) = plan.pool_work(x.numel(), n * c * p * q, x.element_size())
 
     def launch(out: Tensor) -> None:
         from .kernels.pool import launch_max_pool

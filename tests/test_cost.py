@@ -153,7 +153,22 @@ def test_bytes_of_stem_and_head() -> None:
     shape = ConvShape(2, 224, 224, 3, 64, 7, 7, 2, 3)
     cells = 2 * 115 * 116 * 16
     assert cost.stem_bytes(shape, 2) == 2 * (2 * 224 * 224 * 3 + 2 * cells + 2 * 112 * 112 * 64)
+    assert cost.stem_bytes(shape, 2, pool=True) == 2 * (2 * 224 * 224 * 3 + 2 * cells + 2 * 56 * 56 * 64)
+    odd = ConvShape(1, 225, 227, 3, 64, 7, 7, 2, 3)  # 113 x 114 outputs, an even number of columns of cells
+    assert (cost.cells_size(odd), cost.pooled_size(odd)) == (116 * 118 * 16, 57 * 57 * 64)
     assert cost.head_bytes(4, 2048, 1000, 49, 2) == 2 * (4 * 2048 * 51 + 2048 * 1000 + 4 * 1000)
+
+
+def test_the_stem_with_its_pool_computes_each_strips_halo_again() -> None:
+    shape, config = ConvShape(4, 224, 224, 3, 64, 7, 7, 2, 3), ConvConfig("stem_pool", (1, 56, 64), 64, 64)
+    predicted = cost.predict_stem_pool(shape, config, torch.half, TOY)
+    # 2 x 2 strips an image, of 64 columns and four rows more than they store, by a window of 4 x 64 channels
+    rows = 20 * (56 + 4)  # two waves of ten multiprocessors
+    assert predicted.tensor == pytest.approx(2 * rows * 64 * 64 * 256 / 100e12 * 1e6)
+    cells, pooled = 2 * cost.cells_size(shape), 2 * cost.pooled_size(shape)
+    assert predicted.hbm == pytest.approx((cells + pooled) / 1e6)
+    image = 2 * 4 * 224 * 224 * 3
+    assert predicted.extra == pytest.approx((image + cells) / 1e6 + 3 * cost.LAUNCH_US)
 
 
 def test_a_chain_on_rolling_rows_waits_for_its_boxes() -> None:

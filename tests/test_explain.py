@@ -98,7 +98,9 @@ def test_every_convolution_is_one_row_with_its_own_bytes(name: str, backend: str
             assert row.bytes == shapes[key].bytes_moved(2, last) + workspace_bytes(row, shapes[key]) and row.config
     if backend == "triton":
         assert not [row for row in plan.rows if row.realisation in LIBRARY]
-        assert {row.realisation for row in rows.values()} <= {"stem", "conv_tma", "conv1x1", "conv_pointer"}
+        assert rows["conv1"].op.startswith("stem+pool") and rows["conv1"].realisation == "stem_pool"
+        assert rows["conv1"].bytes == cost.stem_bytes(shapes["conv1"], 2, pool=True)
+        assert {row.realisation for row in rows.values()} <= {"stem_pool", "conv_tma", "conv1x1", "conv_pointer"}
     assert plan.bytes_per_image == sum(row.bytes - row.weight_bytes for row in plan.rows) / 4
     in_blocks = sum(s.weights for key, s in shapes.items() if key != "conv1")
     assert plan.weight_bytes == 2 * (in_blocks + 1000 * (512 if name == "resnet18" else 2048))

@@ -17,7 +17,7 @@ from resnet_triton.backend import BACKENDS
 from resnet_triton.devices import Target, known_devices, target_of
 from resnet_triton.kernels.config import ConvConfig, Epilogue, runs_on
 from resnet_triton.kernels.geometry import ConvShape
-from resnet_triton.plan import ONE_PASS, choose_conv, choose_head, choose_stem, choose_step
+from resnet_triton.plan import ONE_PASS, Choice, choose_conv, choose_head, choose_stem, choose_step
 from resnet_triton.shapes import resnet_convs
 from resnet_triton.tuning import Entry
 
@@ -353,6 +353,45 @@ def test_stem_and_head_carry_a_tiling_only_where_kernels_run() -> None:
             _ = choice.tiling
     old = choose_stem(shape, Epilogue(bn=True, relu=True), torch.half, A100, "triton")
     assert old.tiling.kernel == "conv_pointer"
+
+
+def stem_with_pool(
+    dtype: torch.dtype = torch.bfloat16, target: Target = H200, backend: str = "auto", n: int = 256, k: int = 64
+) -> Choice:
+    shape = ConvShape(n, 224, 224, 3, k, 7, 7, 2, 3)
+    return choose_stem(shape, Epilogue(bn=True, relu=True), dtype, target, backend, pool=True)
+
+
+@pytest.mark.parametrize("backend", ("auto", "triton"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_the_stem_runs_with_its_pool_in_one_kernel(dtype: torch.dtype, backend: str) -> None:
+    choice = stem_with_pool(dtype, backend=backend)
+    assert (choice.realisation, choice.tiling.kernel) == ("stem_pool", "stem_pool")
+    assert choice.reason.startswith("use_backend" if backend == "triton" else "unmeasured; predicted")
+    apart = choose_stem(ConvShape(256, 224, 224, 3, 64, 7, 7, 2, 3), Epilogue(bn=True, relu=True), dtype, H200, backend)
+    assert apart.realisation == "stem" and choice.predicted_us < apart.predicted_us + 120
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"dtype": torch.float32}, "no room for fp32"),
+        ({"k": 96}, "room for 64 filters in its registers, these are 96"),
+        ({"target": A100}, "needs a tensor memory accelerator"),
+        ({"target": replace(H200, name="next", sm=100)}, "fitted to the registers of sm_90, this is sm_100"),
+    ],
+    ids=str,
+)
+def test_the_stem_says_why_its_pool_is_a_step_of_its_own(change: dict, why: str) -> None:
+    choice = stem_with_pool(backend="triton", **change)
+    assert choice.realisation == "stem" and why in choice.reason
+
+
+def test_the_stem_with_its_pool_stays_with_the_library() -> None:
+    assert stem_with_pool(backend="cudnn").realisation == "cudnn"
+    assert stem_with_pool(target=CPU).realisation == "aten"
+    one = stem_with_pool(n=1)
+    assert one.realisation == "cudnn" and "in one kernel with the max-pool" in one.reason
 
 
 def test_a_head_of_ten_classes_is_gathered() -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_triton import convert, functional, ops, reference
+from resnet_triton import convert, functional, reference, steps
 from resnet_triton.backend import use_backend
 from resnet_triton.functional import ConvBN
 from resnet_triton.journal import Journal
@@ -104,7 +104,7 @@ def _stem(dtype: str, batch: int, size: int, device: str, uint8: bool) -> Result
 
 def check_max_pool(dtype: str, batch: int, size: int, channels: int, device: str) -> Result:
     x = image(batch, 64, size // 2, size // 2, torch_dtype(dtype), device)
-    out = ran("max_pool", lambda: ops.max_pool_step(x, 3, 2, 1))
+    out = ran("max_pool", lambda: steps.max_pool_step(x, 3, 2, 1))
     wanted = F.max_pool2d(x, 3, 2, 1)
     return {"status": "ok" if torch.equal(out, wanted) else "wrong", "detail": "bitwise"}
 
@@ -157,7 +157,7 @@ def check_large_add_relu(dtype: str, device: str) -> Result:
 
 def check_large_max_pool(dtype: str, device: str) -> Result:
     x = image(1340, 64, 160, 160, torch_dtype(dtype), device)
-    out = ran("max_pool", lambda: ops.max_pool_step(x, 3, 2, 1))
+    out = ran("max_pool", lambda: steps.max_pool_step(x, 3, 2, 1))
     parts = [slice(0, 8), slice(-8, None)]
     good = all(torch.equal(out[p], F.max_pool2d(x[p], 3, 2, 1)) for p in parts)
     return {"status": "ok" if good and not out.isnan().any() else "wrong", "detail": "bitwise"}

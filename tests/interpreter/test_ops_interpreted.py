@@ -228,8 +228,10 @@ def test_stem_is_no_worse_than_eager(dtype: torch.dtype, pool: bool, size: tuple
     weight = (torch.randn(24, 3, 7, 7) / 12).to(dtype)
     vectors = (torch.rand(24) + 0.5, torch.randn(24), torch.randn(24), torch.rand(24) + 0.5)
     out = functional.stem(x, weight, None, *vectors, pool=pool)
-    assert counts["space_to_depth"] == 1 and counts["max_pool"] == pool
-    assert counts["conv_tma"] + counts["conv_pointer"] > 0
+    together = pool and dtype != torch.float32  # fp32 takes too many registers
+    assert counts["space_to_depth"] == 1 and counts["stem_pool"] == together
+    assert counts["max_pool"] == (pool and not together)
+    assert (counts["conv_tma"] + counts["conv_pointer"] > 0) is not together
     eager = reference.stem(x, weight, None, *vectors, pool=pool)
     wide = (v.double() for v in vectors)
     no_worse_than(out, eager, reference.stem(x.double(), weight.double(), None, *wide, pool=pool))
