@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import RESULTS, report
 from resnet_triton.compare import Watch
@@ -73,6 +74,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not getattr(config.option, "benchmark_compare", None):
         config.option.benchmark_quiet = True
     config.stash[DESELECTED] = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():  # a visit to a GPU may end early: whole networks first
+        items.sort(key=lambda item: item.path.name != "test_models.py")
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ def measured(rows: Sequence[Row], suite: str) -> list[Row]:
 def _providers(rows: Sequence[Row]) -> dict[str, str]:
     """A colour for each provider; greens are ours."""
     names = list(dict.fromkeys(row.provider for row in rows))
-    greens = iter(("tab:green", "limegreen", "darkgreen", "yellowgreen"))
+    greens = iter(("tab:green", "limegreen", "darkgreen", "yellowgreen", "olive"))
     others = iter(("silver", "gray", "tab:blue", "tab:cyan", "tab:purple", "tab:orange"))
     return {name: next(greens if name.startswith("ours") else others) for name in names}
 

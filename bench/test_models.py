@@ -23,7 +23,10 @@ GPU_GROUPS = (
     Group("cuda", "resnet50", 1, 224, ("bfloat16",), 5),
     Group("cuda", "resnet50", 256, 224, ("float16",), 8, leave_out=("torch.compile max-autotune",)),
     Group("cuda", "resnet50", 256, 224, ("tf32",), 8, leave_out=("torch.compile max-autotune",)),
-    Group("cuda", "resnet18", 256, 224, ("bfloat16",), 8, leave_out=("torch.compile max-autotune",)),
+    *(
+        Group("cuda", f"resnet{depth}", 256, 224, ("bfloat16",), 5, leave_out=("torch.compile max-autotune",))
+        for depth in (18, 34, 101, 152)
+    ),
 )
 SMOKE_GROUPS = (
     Group("cpu", "resnet18", 2, 64, ("float32",), 0.2),

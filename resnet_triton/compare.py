@@ -23,7 +23,7 @@ from .backend import use_backend
 from .convert import convert
 from .errors import EXACT, UNUSABLE, Error, gate, largest_of, reference_outputs, relative_error, tensors_of
 from .explain import explain
-from .providers import CHANNELS_LAST, DTYPES, Call, Provider, Unavailable, providers_on, weak_dtype
+from .providers import CHANNELS_LAST, DTYPES, OURS, OURS_APART, Call, Provider, Unavailable, providers_on, weak_dtype
 from .results import FAILED, OK, Row, device_name
 from .timing import Bystanders, Sample, clock_for, interleave, percentiles
 
@@ -150,10 +150,10 @@ def calibrate(model: nn.Module, images: Tensor) -> nn.Module:
 
 def predicted_ms(model: nn.Module, shape: tuple[int, ...], dtype: str, provider: str) -> float | None:
     """The cost model's milliseconds on :data:`PREDICT_FOR`, without host time; None for a provider it cannot price."""
-    backend = {"eager channels_last": "cudnn", "ours": "auto"}.get(provider)
+    backend = {CHANNELS_LAST.name: "cudnn", OURS.name: "auto", OURS_APART.name: "auto"}.get(provider)
     if backend is None:
         return None
-    with use_backend(backend):
+    with use_backend(backend, chains=provider != OURS_APART.name):
         plan = explain(convert(model), shape, dtype=DTYPES[dtype], device=PREDICT_FOR)
     return None if plan.predicted_us is None else plan.predicted_us / 1e3
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import resnet_triton
 
+from .backend import use_backend
+
 Call = Callable[[], Any]
 DTYPES = {
     "float32": torch.float32,
@@ -113,6 +115,17 @@ def ours(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     return lambda: model(x)
 
 
+def ours_apart(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
+    """:func:`ours` without chains: what several convolutions in one kernel gain shows in the difference."""
+    model, x = _converted(model, x, dtype)
+
+    def call() -> Any:
+        with use_backend("auto", chains=False):
+            return model(x)
+
+    return call
+
+
 def ours_folded(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Call:
     """``resnet_triton.fold(model)``, folded in float32 and then cast; channels_last."""
     return _eager(resnet_triton.fold(model), x, dtype, torch.channels_last)
@@ -161,6 +174,7 @@ MAX_AUTOTUNE = Provider("torch.compile max-autotune", compiled_max_autotune, dev
 JAX = Provider("JAX", jax, needs=no_jax, package="jax")
 OURS = Provider("ours", ours, ours=True)
 FOLDED = Provider("ours folded", ours_folded, ours=True, devices=("cpu",))
+OURS_APART = Provider("ours, one kernel a convolution", ours_apart, ours=True, devices=("cuda",))
 OURS_COMPILED = Provider("ours + torch.compile", ours_compiled, ours=True, devices=("cuda",))
 OURS_GRAPH = Provider("ours + CUDA graph", ours_graph, ours=True, devices=("cuda",))
 
@@ -174,6 +188,7 @@ PROVIDERS: list[Provider] = [
     JAX,
     OURS,
     FOLDED,
+    OURS_APART,
     OURS_COMPILED,
     OURS_GRAPH,
 ]

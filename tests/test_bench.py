@@ -20,9 +20,9 @@ pytest.importorskip("sklearn")
 from bench import RESULTS, groups, layers, plots, report
 from bench.conftest import Lab
 from bench.gpu.suite import BESIDE
-from resnet_triton import compare, errors, providers, results, tables, timing
+from resnet_triton import chains, compare, errors, providers, results, tables, timing
 from resnet_triton.compare import Group
-from resnet_triton.kernels.config import KERNELS
+from resnet_triton.kernels.config import ALL_KERNELS
 from resnet_triton.results import NO_CUDA, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,7 +283,7 @@ def test_a_step_that_does_not_fit_is_halved(monkeypatch):
     for layer in (layers.conv_layers(4, layers.FEW[:1])[0], layers.other_layers(4)[1]):
         lab = Lab()
         row = layers.measure(layer, "cpu", "float32", 0.0, lab)[layers.OURS]
-        assert row.infer_batch_size == 1 and row.note == layer.kernel
+        assert row.infer_batch_size == 1
         assert row.model.split()[0] == layer.name.split()[0]
         halved = [f"batch {n} ran out of memory, all use batch {n // 2}" for n in (4, 2)]
         assert lab.said == [f"{layer.name}: {text}" for text in halved]
@@ -324,16 +324,43 @@ def test_a_failing_peer_is_a_row_and_not_an_error(monkeypatch):
 
 
 def test_every_kernel_has_a_row():
-    found = {layer.kernel for layer in layers.kernel_layers(256, few=True)}
-    assert found == {*KERNELS, "stem", "max_pool", "head", "add_relu", "fold_bn"}
-    assert len(layers.kernel_layers(256, few=False)) >= 24
+    few = layers.kernel_layers(256, few=True)
+    found = {kernel for layer in few for kernel in layer.kernels}
+    assert found == {*ALL_KERNELS, "stem", "max_pool", "bn_act", "head", "add_relu", "fold_bn"}
+    assert len(few) <= len(found)
+    assert len({layer.name for layer in layers.kernel_layers(256, few=False)}) >= 40
 
 
 def test_a_kernel_without_a_gpu_has_a_prediction_only():
-    (layer,) = [layer for layer in layers.kernel_layers(256, few=True) if layer.kernel == "conv1x1"]
-    row = layers.unmeasured(layer, "bfloat16")
-    assert row.status == NO_CUDA and row.infer_step_time is None and row.predicted_for == "NVIDIA H200"
-    assert 0 < row.predicted_step_time < 10
+    kernels = {layer.kernels: layer for layer in layers.kernel_layers(256, few=True)}
+    for name in ("conv1x1", "conv_chain", "bn_act"):
+        row = layers.unmeasured(kernels[name,], "bfloat16")
+        assert row.status == NO_CUDA and row.infer_step_time is None and row.predicted_for == "NVIDIA H200"
+        assert 0 < row.predicted_step_time < 10 and row.note == name
+
+
+def test_chains_compete_with_one_kernel_a_convolution():
+    found = groups.unmeasured(Group("cuda", "resnet50", 256, 224, ("bfloat16",), 1.0))
+    chained, apart = (found["bfloat16", name] for name in ("ours", "ours, one kernel a convolution"))
+    assert chained.predicted_step_time < apart.predicted_step_time
+    assert apart.status == NO_CUDA and apart.infer_samples_per_sec is None
+
+
+@pytest.mark.parametrize("name", ("layer1.0", "layer1.2", "layer2.0", "layer4.2"))
+def test_a_blocks_end_is_the_same_operator_by_operator(name):
+    """Projection, a stage's last block, stride 2, and the average over the image."""
+    tail = dict(chains.bottleneck_tails(50, 2, 32))[name]
+    layer = layers.tail_layer(name, tail, pool=name == "layer4.2")
+    rows = layers._measure(layer, "cpu", "float32", 0.0)
+    assert set(rows) == {layers.EAGER, layers.OURS}
+    assert all(row.status == "ok" for row in rows.values())
+    outputs = layer.ours(*layer.tensors())
+    assert [tuple(out.shape) for out in outputs] == {
+        "layer1.0": [(2, 256, 8, 8), (2, 64, 8, 8)],
+        "layer1.2": [(2, 256, 4, 4), (2, 128, 8, 8)],
+        "layer2.0": [(2, 512, 4, 4), (2, 128, 4, 4)],
+        "layer4.2": [(2, 2048, 1, 1)],
+    }[name]
 
 
 def test_a_step_on_the_cpu_is_checked_and_timed():
