@@ -209,17 +209,15 @@ def tail_layer(name: str, tail: Tail, pool: bool = False) -> Layer:
             found[unit] = ConvBN(weight, None, gamma, beta, mean, var, EPS, *places)
         return found
 
-    def ours(t: Tensor, shortcut: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        found = units(rest)
-        convs = [found[unit] for unit in ("conv", "last") if unit in found]
-        y, after = functional.block_tail(
-            t, shortcut, *convs, downsample=found.get("project"), next=found.get("reduce"), subsample=tail.subsample,
-            pool=pool,
-        )  # fmt: skip
-        return (y,) if after is None else (y, after)
+    def step(block_tail: Callable[..., tuple[Tensor, Tensor | None]]) -> Step:
+        def run(t: Tensor, shortcut: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            found = units(rest)
+            convs = [found[unit] for unit in ("conv", "last") if unit in found]
+            others = {"downsample": found.get("project"), "next": found.get("reduce")}
+            y, after = block_tail(t, shortcut, *convs, **others, subsample=tail.subsample, pool=pool)
+            return (y,) if after is None else (y, after)
 
-    def eager(t: Tensor, shortcut: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        return eager_tail(t, shortcut, units(rest), tail.subsample, pool)
+        return run
 
     def remake(batch: int) -> Layer:
         return tail_layer(name, dict(bottleneck_tails(50, batch, 224))[name], pool)
@@ -227,24 +225,8 @@ def tail_layer(name: str, tail: Tail, pool: bool = False) -> Layer:
     whole = chains.chain_shape(tail, frozenset(names) - {"last"})
     title = f"{name}.conv3 and average {tail.last} {BN_ADD_RELU}" if pool else f"{name} from conv2 {whole}"
     macs = sum(conv.macs for conv, _ in tail.sites().values())
+    ours, eager = step(functional.block_tail), step(reference.block_tail)
     return Layer(title, tuple(shapes), ours, eager, tail.last.n, macs, tuple(weights), remake=remake)
-
-
-def eager_tail(
-    t: Tensor, shortcut: Tensor, units: dict[str, ConvBN], subsample: int = 1, pool: bool = False
-) -> tuple[Tensor, ...]:
-    """A block's end by PyTorch, operator by operator; ``units`` are named as in :class:`resnet_triton.chains.Tail`."""
-
-    def step(x: Tensor, name: str, residual: Tensor | None = None) -> Tensor:
-        weight, bias, gamma, beta, mean, var, eps, *places = units[name]
-        return reference.conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, name != "project", *places)
-
-    shortcut = step(shortcut, "project") if "project" in units else shortcut
-    y = step(step(t, "conv") if "conv" in units else t, "last", shortcut)
-    if pool:
-        return (y.mean((2, 3), keepdim=True),)
-    kept = y[:, :, ::subsample, ::subsample]
-    return (kept, step(y, "reduce")) if "reduce" in units else (kept,)
 
 
 def tail_layers(batch: int) -> list[Layer]:

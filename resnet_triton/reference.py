@@ -5,6 +5,9 @@ Shapes are PyTorch's (``N,C,H,W``; filters ``K,C,R,S``) whatever the memory form
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +54,29 @@ def conv_bn_act(
     if residual is not None:
         y = y + residual
     return F.relu(y) if relu else y
+
+
+def block_tail(
+    t: Tensor,
+    shortcut: Tensor,
+    conv2: Sequence[Any],
+    conv3: Sequence[Any] | None = None,
+    *,
+    downsample: Sequence[Any] | None = None,
+    next: Sequence[Any] | None = None,
+    subsample: int = 1,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What follows a block's first convolution; arguments and result as of :func:`.functional.block_tail`."""
+
+    def run(x: Tensor, unit: Sequence[Any], residual: Tensor | None = None, relu: bool = True) -> Tensor:
+        weight, bias, gamma, beta, mean, var, eps, stride, padding, dilation = unit
+        return conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation)
+
+    shortcut = shortcut if downsample is None else run(shortcut, downsample, relu=False)
+    y = run(t, conv2, shortcut) if conv3 is None else run(run(t, conv2), conv3, shortcut)
+    after = None if next is None else run(y, next)
+    return y.mean((2, 3), keepdim=True) if pool else y[:, :, ::subsample, ::subsample], after
 
 
 def stem(
