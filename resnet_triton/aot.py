@@ -11,6 +11,7 @@ Compiling and measuring is in :mod:`.codegen`, judging in :mod:`.golden`. None o
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -45,7 +46,7 @@ from .devices import Target, known_devices
 from .golden import ACCEPT, GOLDEN, diff, golden_record, problems
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.epilogue import Operands
-from .kernels.geometry import ChainShape, ConvShape
+from .kernels.geometry import ChainShape, ConvShape, cdiv
 from .shapes import BLOCKS, BN_ADD_RELU, BN_RELU, CLASSES, ConvSite, features, resnet_convs, stem_conv
 
 DEPTHS, BATCHES, SIZE = tuple(BLOCKS), (1, 32, 256), 224
@@ -167,7 +168,7 @@ def _samples(kernels: _Kernels) -> Iterator[Case]:
                 yield from kernels.chain(chain, f"resnet50 {name} batch {batch}", config)
     yield from kernels.pooled(batch)
     yield from kernels.head(batch, features(50))
-    yield from kernels.stem(batch)
+    yield from kernels.stem(batch, every_tile=True)
     if kernels.precision == "tf32":  # the rest has no products
         yield from kernels.max_pool(batch)
         yield from kernels.add_relu(batch)
@@ -233,9 +234,11 @@ class _Kernels:
         for launch in self._trace(lambda: launch_conv1x1_pool(x, w, pooled, operands, choice.tiling, self.precision)):
             yield self._case(launch, label, moved, pooled.numel(), shape, choice.tiling, epilogue)
 
-    def stem(self, batch: int) -> Iterator[Case]:
-        """Rearranging an image (of the model's dtype, or bytes), packing the weight, the convolution on cells."""
+    def stem(self, batch: int, every_tile: bool = False) -> Iterator[Case]:
+        """Rearranging an image (of the model's dtype, or bytes), packing the weight, the convolution on cells, and the
+        kernel that pools too (``every_tile``: on each tile that some image may get)."""
         from .kernels import stem
+        from .kernels.stem_pool import TILES, launch_stem_pool
 
         _, shape, epilogue = stem_conv(batch, SIZE)
         config = plan.choose_stem(shape, epilogue, self.dtype, self.target, "triton", self.precision).config
@@ -266,6 +269,17 @@ class _Kernels:
         moved = cells.bytes_moved(self.dtype.itemsize)
         for launch in self._trace(lambda: stem.launch_stem_conv(xs, packed, y, operands, config, self.precision)):
             yield self._case(launch, label, moved, cells.m * cells.k, cells, config, epilogue)
+        choice = plan.choose_stem(shape, epilogue, self.dtype, self.target, "triton", self.precision, pool=True)
+        if choice.realisation != "stem_pool":
+            return
+        tiles = TILES if every_tile else (choice.tiling.box[::2],)
+        pooled = _meta(batch, cdiv(shape.p, 2), cdiv(shape.q, 2), shape.k, dtype=self.dtype)
+        for images, columns in tiles:
+            tiled = replace(choice.tiling, box=(images, choice.tiling.box[1], columns))
+            launcher = functools.partial(launch_stem_pool, xs, packed, pooled, operands, tiled, self.precision)
+            for launch in self._trace(launcher):
+                moved = xs.nbytes + pooled.nbytes
+                yield self._case(launch, f"{label} with max-pool", moved, pooled.numel(), shape, tiled, epilogue)
 
     def head(self, batch: int, c: int) -> Iterator[Case]:
         """Global average pool and fully connected layer."""

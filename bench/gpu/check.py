@@ -135,8 +135,9 @@ def _convs(target: Target, depth: int, dtype: str, pointer: bool, batch: int = B
 
 def _op_rows(dtype: str, batch: int, size: int, channels: int) -> list[Row]:
     found = []
+    pooled = "stem_pool" if dtype in ("bfloat16", "float16") else "conv_tma, max_pool"
     for name, kernel in (
-        ("stem", "space_to_depth, conv_tma, max_pool"),
+        ("stem", f"space_to_depth, {pooled}"),
         ("stem uint8", "space_to_depth, conv_tma"),
         ("max_pool", "max_pool"),
         ("head", "global_avg_pool, conv1x1"),
