@@ -1,5 +1,6 @@
 """Chains of convolutions as one kernel: what goes in, which configurations there are, and who launches them.
 
+    t      = relu(bn(first(x)))                      1x1, where the chain begins with the block; or t comes in
     h      = relu(bn(conv(t)))                       3x3, stride 1 or 2; or h = t where the chain begins behind it
     y      = relu(bn(expand(h)) + shortcut)          shortcut = x, or bn(project(x))
     t_next = relu(bn(reduce(y)))                     the next block's first 1x1
@@ -35,6 +36,7 @@ class ChainUnits:
     expand: Unit
     project: Unit | None = None
     reduce: Unit | None = None
+    first: Unit | None = None
 
 
 def chain_configs(shape: ChainShape, itemsize: int) -> list[ConvConfig]:
@@ -46,6 +48,14 @@ def chain_configs(shape: ChainShape, itemsize: int) -> list[ConvConfig]:
     from .conv_chain import conv_chain_configs
 
     return [*chain_rolling_configs(shape, itemsize), *conv_chain_configs(shape, itemsize)]
+
+
+def chain_refusal(config: ConvConfig, shape: ChainShape) -> str | None:
+    """Why a chain cannot be computed with a configuration at all, in words; or None."""
+    from .chain_rolling import refusal as rolling_refusal
+    from .conv_chain import refusal
+
+    return rolling_refusal(shape, config) if config.kernel == "chain_rolling" else refusal(shape, config)
 
 
 def chain_shared_bytes(config: ConvConfig, shape: ChainShape, itemsize: int) -> int:
@@ -70,8 +80,9 @@ def launch_chain(
     """Fills ``y`` and ``t_next`` with ``config.kernel``.
 
     Args:
-        t: ``[N,H,W,C]`` dense, sizes ``shape.source``.
-        shortcut: dense, sizes ``shape.shortcut``; may share memory with ``t`` where the shapes agree.
+        t: ``[N,H,W,C]`` dense, sizes ``shape.source``; with ``shape.first`` its input ``x``.
+        shortcut: dense, sizes ``shape.shortcut``; may be the very ``t`` where the shapes agree, and is it with
+            ``shape.first``.
         y: dense, sizes ``shape.stored``; must not overlap any input.
         t_next: ``[N,P,Q,K]`` of ``shape.reduce`` dense, or None without it; must not overlap any input.
         units: weights and vectors.

@@ -170,6 +170,8 @@ def chain_rolling_configs(shape: ChainShape, itemsize: int) -> list[ConvConfig]:
 def refusal(shape: ChainShape, config: ConvConfig) -> str | None:
     """Why a chain cannot be computed with a configuration at all, in words; or None."""
     conv, expand, project, reduce = shape.conv, shape.expand, shape.project, shape.reduce
+    if shape.first is not None:
+        return f"first must be absent, got {shape.first}"
     if conv is None or (conv.r, conv.s, conv.stride, conv.padding, conv.dilation) != (3, 3, 1, 1, 1):
         return f"conv must be a 3x3 convolution of stride 1, padding 1 and dilation 1, got {conv}"
     if conv.c != conv.k or config.bk != conv.c:

@@ -134,8 +134,8 @@ TILES = ((256, 64, 8), (256, 32, 8), (128, 64, 4), (128, 64, 8), (128, 32, 8), (
 #: Values per thread that leave room for addresses and the epilogue: with at most so many, none of the programs seen
 #: spills or waits for each of its matrix instructions.
 VALUES = 224
-#: The same for a 3x3 with an identity shortcut, which needs fewer addresses. The compiler may then wait for each product
-#: of the 3x3; the products of the other warp group run meanwhile.
+#: The same for a 3x3 with an identity shortcut, which needs fewer addresses. The compiler may then wait for each
+#: product of the 3x3; the products of the other warp group run meanwhile.
 VALUES_IDENTITY = 240
 #: Bytes of shared memory that a program may have on sm_90.
 SHARED_LIMIT = 227 * 1024
@@ -178,6 +178,8 @@ def filters_left(config: ConvConfig) -> bool:
 def refusal(shape: ChainShape, config: ConvConfig) -> str | None:
     """Why a chain cannot be computed with a configuration at all, in words; or None."""
     conv, project, expand, reduce = shape.conv, shape.project, shape.expand, shape.reduce
+    if shape.first is not None:
+        return f"first must be absent, got {shape.first}"
     whole = {"expand.c": expand.c}
     if project is not None:
         whole["project.c"] = project.c

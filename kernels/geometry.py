@@ -91,7 +91,9 @@ class ConvShape:
 
 @dataclass(frozen=True)
 class ChainShape:
-    """Consecutive convolutions of a residual block as one kernel: ``[3x3 ->] 1x1 -> + shortcut -> ReLU [-> 1x1]``.
+    """Consecutive convolutions of a residual block as one kernel.
+
+    ``[[1x1 ->] 3x3 ->] 1x1 -> + shortcut -> ReLU [-> 1x1]``
 
     Every convolution ends with BN and ReLU, the ``expand`` one with the addition of the shortcut before its ReLU, and
     ``project`` has neither ReLU nor addition.
@@ -102,6 +104,7 @@ class ChainShape:
         project: the 1x1 on the shortcut, or None where the shortcut is added as it is.
         reduce: the next block's first 1x1 on this block's output, or None.
         subsample: 1 where every output pixel of ``expand`` is stored, 2 for every second row and column.
+        first: the block's first 1x1, which computes what ``conv`` reads, or None. The shortcut is then its input.
     """
 
     conv: ConvShape | None
@@ -109,10 +112,11 @@ class ChainShape:
     project: ConvShape | None = None
     reduce: ConvShape | None = None
     subsample: int = 1
+    first: ConvShape | None = None
 
     def __post_init__(self) -> None:
         e = self.expand
-        for name, conv in (("expand", e), ("reduce", self.reduce)):
+        for name, conv in (("first", self.first), ("expand", e), ("reduce", self.reduce)):
             if conv is not None and not conv.pointwise:
                 raise ValueError(f"{name} must be a 1x1 convolution of stride 1, got {conv}")
         if self.conv is not None and (self.conv.n, self.conv.p, self.conv.q, self.conv.k) != (e.n, e.h, e.w, e.c):
@@ -127,16 +131,22 @@ class ChainShape:
             raise ValueError(f"reduce must read what expand computes, got {e} and {self.reduce}")
         if self.subsample not in (1, 2):
             raise ValueError(f"subsample must be 1 or 2, got {self.subsample}")
+        if self.first is not None:
+            f, c = self.first, self.conv
+            if c is None or (f.n, f.p, f.q, f.k) != (c.n, c.h, c.w, c.c):
+                raise ValueError(f"conv must read what first computes, got {f} and {c}")
+            if self.shortcut != self.source:
+                raise ValueError(f"first must read the shortcut {self.shortcut} (N, H, W, C), got {f}")
 
     @property
     def convs(self) -> tuple[ConvShape, ...]:
-        """The convolutions, in the order conv, project, expand, reduce, without those that are absent."""
-        return tuple(c for c in (self.conv, self.project, self.expand, self.reduce) if c is not None)
+        """The convolutions, in the order first, conv, project, expand, reduce, without those that are absent."""
+        return tuple(c for c in (self.first, self.conv, self.project, self.expand, self.reduce) if c is not None)
 
     @property
     def source(self) -> tuple[int, int, int, int]:
         """``(N, H, W, C)`` of the chain's first input."""
-        first = self.conv or self.expand
+        first = self.first or self.conv or self.expand
         return first.n, first.h, first.w, first.c
 
     @property
@@ -154,7 +164,7 @@ class ChainShape:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of all its convolutions."""
+        """Multiply-adds of all its convolutions, each pixel of each computed once."""
         return sum(c.macs for c in self.convs)
 
     def weight_bytes(self, itemsize: int) -> int:
@@ -165,7 +175,9 @@ class ChainShape:
         """Bytes through device memory when every operand is read once and every result written once."""
         n, h, w, c = self.source
         shortcut = self.expand.m * self.expand.k
-        if self.project is not None:
+        if self.first is not None:  # the same tensor as the source
+            shortcut = 0
+        elif self.project is not None:
             shortcut = self.project.pixels_read * self.project.c
         stored = self.stored[0] * self.stored[1] * self.stored[2] * self.stored[3]
         after = self.reduce.m * self.reduce.k if self.reduce else 0
@@ -173,9 +185,10 @@ class ChainShape:
 
     def __str__(self) -> str:
         first = f"{self.conv} ->{self.expand.k}" if self.conv else f"{self.expand}"
+        before = f"{self.first.c}-> " if self.first else ""
         added = f"+{self.project.r}x{self.project.s}/{self.project.stride} {self.project.c}" if self.project else "+x"
         after = f" ->{self.reduce.k}" if self.reduce else ""
-        return f"{first} {added}{f' keep 1/{self.subsample**2}' if self.subsample > 1 else ''}{after}"
+        return f"{before}{first} {added}{f' keep 1/{self.subsample**2}' if self.subsample > 1 else ''}{after}"
 
 
 def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:

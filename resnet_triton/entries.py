@@ -154,7 +154,7 @@ def _without_batch(shape: ConvShape) -> tuple[int, ...]:
 
 
 def _chain_without_batch(shape: ChainShape) -> tuple:
-    parts = (shape.conv, shape.expand, shape.project, shape.reduce)
+    parts = (shape.first, shape.conv, shape.expand, shape.project, shape.reduce)
     return shape.subsample, *(part and _without_batch(part) for part in parts)
 
 
@@ -191,10 +191,10 @@ def chain_shape_of(data: Any, where: str = "shape") -> ChainShape:
     Raises:
         ValueError: naming the value (``where`` and its path) and what is allowed.
     """
-    names = ("conv", "expand", "project", "reduce")
-    check_keys(data, where, (*names, "subsample"))
+    names = ("conv", "expand", "project", "reduce", "first")
+    check_keys(data, where, (*names, "subsample"), optional=("first",))
     convs = {
-        name: None if data[name] is None and name != "expand" else _conv_shape(data[name], f"{where}.{name}")
+        name: None if data.get(name) is None and name != "expand" else _conv_shape(data[name], f"{where}.{name}")
         for name in names
     }
     subsample = check_whole(data["subsample"], f"{where}.subsample", 1, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_triton.kernels.geometry import INT32_MAX, ConvShape, cdiv, out_size
+from resnet_triton.kernels.geometry import INT32_MAX, ChainShape, ConvShape, cdiv, out_size
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -90,3 +90,40 @@ def test_ceiling_division() -> None:
 def test_str() -> None:
     assert str(ConvShape(2, 8, 9, 16, 32, 3, 5, 2, 1)) == "3x5/2 2x8x9x16->32"
     assert str(ConvShape(2, 8, 9, 16, 32, 3, 3, 1, 2, 2)) == "3x3/1 d2 2x8x9x16->32"
+
+
+FIRST, CONV = ConvShape(2, 8, 8, 64, 32), ConvShape(2, 8, 8, 32, 32, 3, 3, 1, 1)
+EXPAND, PROJECT = ConvShape(2, 8, 8, 32, 128), ConvShape(2, 8, 8, 64, 128)
+
+
+def test_a_chain_with_the_first_convolution_reads_its_input_once() -> None:
+    apart, whole = ChainShape(CONV, EXPAND, PROJECT), ChainShape(CONV, EXPAND, PROJECT, first=FIRST)
+    assert apart.source == (2, 8, 8, 32) and whole.source == whole.shortcut == (2, 8, 8, 64)
+    assert whole.convs == (FIRST, CONV, PROJECT, EXPAND)
+    assert whole.macs == apart.macs + FIRST.macs
+    assert whole.weight_bytes(2) == apart.weight_bytes(2) + 2 * FIRST.weights
+    assert whole.bytes_moved(2) == 2 * 2 * 8 * 8 * (64 + 128) + whole.weight_bytes(2)
+    assert apart.bytes_moved(2) == 2 * 2 * 8 * 8 * (32 + 64 + 128) + apart.weight_bytes(2)
+    assert str(whole) == f"64-> {apart}"
+
+
+def test_a_strided_block_reads_all_of_its_input_for_the_first_convolution() -> None:
+    conv, expand = ConvShape(2, 8, 8, 32, 32, 3, 3, 2, 1), ConvShape(2, 4, 4, 32, 128)
+    shape = ChainShape(conv, expand, ConvShape(2, 8, 8, 64, 128, stride=2), first=FIRST)
+    assert shape.bytes_moved(2) == 2 * 2 * (8 * 8 * 64 + 4 * 4 * 128) + shape.weight_bytes(2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        pytest.param((None, EXPAND, None), "conv must read what first computes, got .* and None", id="no 3x3"),
+        pytest.param((ConvShape(2, 8, 8, 16, 32, 3, 3, 1, 1), EXPAND, PROJECT), "conv must read", id="channels"),
+        pytest.param((CONV, EXPAND, None), r"first must read the shortcut \(2, 8, 8, 128\)", id="identity of 128"),
+        pytest.param((CONV, EXPAND, ConvShape(2, 8, 8, 16, 128)), "first must read the shortcut", id="projection"),
+    ],
+)
+def test_a_first_convolution_that_does_not_fit_is_refused(parts: tuple, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ChainShape(*parts, first=FIRST)
+    with pytest.raises(ValueError, match="first must be a 1x1 convolution of stride 1"):
+        ChainShape(*parts, first=ConvShape(2, 8, 8, 64, 32, 3, 3, 1, 1))
