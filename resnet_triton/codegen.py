@@ -82,7 +82,7 @@ class Use:
         """The convolutions of a chain by name, ``""`` for anything else."""
         if not isinstance(self.shape, ChainShape):
             return ""
-        names = [name for name in ("conv", "expand", "project", "reduce") if getattr(self.shape, name)]
+        names = [name for name in ("first", "conv", "expand", "project", "reduce") if getattr(self.shape, name)]
         kept = f"/{self.shape.subsample}" if self.shape.subsample > 1 else ""
         return "+".join(names).replace("expand", f"expand{kept}")
 
