@@ -18,12 +18,13 @@ from torch import Tensor
 from resnet_triton import convert, functional, reference, steps
 from resnet_triton.backend import use_backend
 from resnet_triton.functional import ConvBN
+from resnet_triton.graphs import graph
 from resnet_triton.journal import Journal
 from resnet_triton.kernels.config import Epilogue
 from resnet_triton.kernels.geometry import ConvShape
 
 from .check import torch_dtype
-from .operands import EPS, Conv, Result, image, network, norm, poison, precision_of, ran, verdict
+from .operands import EPS, Block, Conv, Result, image, network, norm, poison, precision_of, ran, verdict
 
 GRADIENT_FACTOR = 3.0
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -60,29 +61,68 @@ def check_repeat(
     shape: dict, epilogue: dict, dtype: str, kernel: str, config: dict | None, device: str, times: int
 ) -> Result:
     conv = Conv(shape, epilogue, dtype, device)
-    return _repeats(lambda: ran(kernel, lambda: conv.ours(config)), times)
+    return _repeats(lambda: [ran(kernel, lambda: conv.ours(config))], times)
 
 
-def _repeats(run: Callable[[], Tensor], times: int) -> Result:
+def _repeats(run: Callable[[], list[Tensor]], times: int) -> Result:
     first = run()
     for i in range(1, times):
-        poison(first)
-        if not torch.equal(run(), first):
+        for out in first:
+            poison(out)
+        if not all(map(torch.equal, run(), first)):
             return {"status": "wrong", "detail": f"run {i + 1} differs from run 1"}
-    return {"status": "ok" if first.isfinite().all() else "wrong", "detail": f"{times} runs bitwise equal"}
+    good = all(out.isfinite().all() for out in first)
+    return {"status": "ok" if good else "wrong", "detail": f"{times} runs bitwise equal"}
 
 
-def check_stem(dtype: str, batch: int, size: int, channels: int, device: str) -> Result:
-    return _stem(dtype, batch, size, device, uint8=False)
+def check_block(
+    shape: dict, dtype: str, kernel: str, config: dict | None, device: str, zero_last: bool, pool: bool
+) -> Result:
+    """Several convolutions in one kernel: the block's output and the next block's first convolution."""
+    block = Block(shape, dtype, device, zero_last, pool)
+    library, wanted = block.eager(), block.exact()
+    for out in library:
+        poison(out)
+    return verdict(ran(kernel, lambda: block.ours(config)), library, wanted)
+
+
+def check_repeat_block(
+    shape: dict, dtype: str, kernel: str, config: dict | None, device: str, zero_last: bool, pool: bool, times: int
+) -> Result:
+    block = Block(shape, dtype, device, zero_last, pool)
+    return _repeats(lambda: ran(kernel, lambda: block.ours(config)), times)
+
+
+def check_bn_act(dtype: str, batch: int, size: int, channels: int, device: str) -> Result:
+    """The single pass behind a library's convolution, with a residual and without."""
+    kind, pixels = torch_dtype(dtype), max(1, size // 32)
+    y, residual = (image(batch, channels, pixels, pixels, kind, device) - 1 for _ in range(2))
+    bn = norm(channels, device)
+
+    def eager(cast: Callable[[Tensor], Tensor], added: Tensor | None) -> Tensor:
+        gamma, beta, mean, var = map(cast, bn)
+        out = F.batch_norm(cast(y), mean, var, gamma, beta, False, 0.0, EPS)
+        return F.relu(out if added is None else out + cast(added))
+
+    def ours(added: Tensor | None) -> Tensor:
+        return ran("bn_act", lambda: steps.bn_act_step(y.clone(), (None, *bn), added, EPS, True))
+
+    both = (None, residual)
+    library = [eager(lambda t: t, added) for added in both]
+    return verdict([ours(added) for added in both], library, [eager(Tensor.double, added) for added in both])
+
+
+def check_stem(dtype: str, batch: int, height: int, width: int, kernel: str, device: str) -> Result:
+    return _stem(dtype, batch, height, width, kernel, device, uint8=False)
 
 
 def check_stem_uint8(dtype: str, batch: int, size: int, channels: int, device: str) -> Result:
-    return _stem(dtype, batch, size, device, uint8=True)
+    return _stem(dtype, batch, size, size, "space_to_depth", device, uint8=True)
 
 
-def _stem(dtype: str, batch: int, size: int, device: str, uint8: bool) -> Result:
+def _stem(dtype: str, batch: int, height: int, width: int, kernel: str, device: str, uint8: bool) -> Result:
     kind, k = torch_dtype(dtype), 64
-    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, device=device)
     x = pixels if uint8 else (pixels / 127.5 - 1).to(kind)
     weight = (torch.randn(k, 3, 7, 7, device=device) / 9).to(kind)
     bn, normalize = norm(k, device), IMAGENET if uint8 else None
@@ -96,7 +136,7 @@ def _stem(dtype: str, batch: int, size: int, device: str, uint8: bool) -> Result
     library, wanted = eager(False), eager(True)
     poison(library)
     out = ran(
-        "space_to_depth",
+        kernel,
         lambda: functional.stem(x, weight, None, *bn, normalize=normalize, eps=EPS, pool=not uint8),
     )
     return verdict([out], [library], [wanted])
@@ -228,11 +268,11 @@ def _gradients(leaves: Sequence[Tensor], run: Callable[..., Tensor]) -> Result:
     return verdict(ours, gradients(torch.clone, False), gradients(Tensor.double, False), GRADIENT_FACTOR)
 
 
-def check_model(depth: int, dtype: str, batch: int, size: int, device: str) -> Result:
+def check_model(depth: int, dtype: str, batch: int, size: int, device: str, backend: str) -> Result:
     model, x = network(depth, dtype, batch, size, device)
     library, wanted = model(x), copy.deepcopy(model).double()(x.double())
     fused = convert(model)
-    with use_backend("triton"):
+    with use_backend(backend):
         return verdict([fused(x)], [library], [wanted])
 
 
@@ -240,13 +280,28 @@ def check_repeat_model(depth: int, dtype: str, batch: int, size: int, device: st
     model, x = network(depth, dtype, batch, size, device)
     fused = convert(model)
     with use_backend("triton"):
-        return _repeats(lambda: fused(x), times)
+        return _repeats(lambda: [fused(x)], times)
+
+
+def check_graph(depth: int, dtype: str, batch: int, size: int, device: str) -> Result:
+    """Replays of a captured forward give, bit by bit, what the model itself gives, for other images than captured."""
+    model, x = network(depth, dtype, batch, size, device)
+    fused = convert(model)
+    with use_backend("triton"):
+        captured = graph(fused, x)
+        for i, images in enumerate((torch.randn_like(x), x, torch.randn_like(x))):
+            if not torch.equal(captured(images), fused(images)):
+                return {"status": "wrong", "detail": f"replay {i + 1} differs from the model's own forward"}
+    return {"status": "ok", "detail": "3 replays bitwise equal"}
 
 
 CHECKS: dict[str, Callable[..., Result]] = {
     "conv": check_conv,
     "large conv": check_large_conv,
     "repeat": check_repeat,
+    "block": check_block,
+    "repeat block": check_repeat_block,
+    "bn_act": check_bn_act,
     "stem": check_stem,
     "stem uint8": check_stem_uint8,
     "max_pool": check_max_pool,
@@ -260,4 +315,5 @@ CHECKS: dict[str, Callable[..., Result]] = {
     "gradient bottleneck": check_gradient_bottleneck,
     "model": check_model,
     "repeat model": check_repeat_model,
+    "graph": check_graph,
 }

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from resnet_triton import functional, reference
 from resnet_triton.backend import dot_precision, use_backend
+from resnet_triton.functional import ConvBN
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.measure import errors
+from resnet_triton.steps import UNIT
 
 from .check import torch_dtype
+from .precompile import chain_of
 
 EPS = 1e-5
 Result = dict[str, Any]
+T = TypeVar("T")
 
 
 @contextmanager
@@ -51,7 +55,7 @@ def poison(like: Tensor) -> None:
         torch.empty_like(like).fill_(float("nan"))
 
 
-def ran(kernel: str, run: Callable[[], Tensor]) -> Tensor:
+def ran(kernel: str, run: Callable[[], T]) -> T:
     """The result of ``run`` under our backend; raises if it did not launch the kernel."""
     from resnet_triton.kernels.launch import COUNTS
 
@@ -140,6 +144,84 @@ class Conv:
         return reference.conv_bn_act(
             x, weight, bias, gamma, beta, mean, var, residual, EPS, relu, stride, padding, dilation
         )
+
+
+class Block:
+    """Random operands of a block's end, ``N,C,H,W``.
+
+    Args:
+        shape: of its convolutions, as a chain's.
+        dtype, device: of activations and weights.
+        zero_last: whether the gamma of the BN before the addition is 0, as where training begins.
+        pool: whether the average over the image is wanted.
+    """
+
+    def __init__(self, shape: dict, dtype: str, device: str, zero_last: bool, pool: bool) -> None:
+        s = self.shape = chain_of(shape)
+        kind, self.pool = torch_dtype(dtype), pool
+
+        def unit(conv: ConvShape | None) -> ConvBN | None:
+            if conv is None:
+                return None
+            weight = torch.randn(conv.k, conv.r, conv.s, conv.c, device=device) * (2 / conv.reduction) ** 0.5
+            places = (conv.stride, conv.padding, conv.dilation)
+            return ConvBN(weight.to(kind).permute(0, 3, 1, 2), None, *norm(conv.k, device), EPS, *places)
+
+        def pixels(n: int, h: int, w: int, c: int) -> Tensor:
+            return image(n, c, h, w, kind, device)
+
+        self.t, self.shortcut = pixels(*s.source), pixels(*s.shortcut)
+        units = {name: unit(getattr(s, name)) for name in ("conv", "expand", "project", "reduce")}
+        if zero_last and units["expand"] is not None and units["expand"].gamma is not None:
+            units["expand"].gamma.zero_()
+        self.units = {name: each for name, each in units.items() if each is not None}
+
+    def planned(self) -> list[Tensor]:
+        """Through the public function: y, and what follows."""
+        return self._through(functional.block_tail, lambda t: t)
+
+    def launched(self, config: ConvConfig) -> list[Tensor]:
+        """By an explicit configuration, into NaN."""
+        from resnet_triton.kernels.chain import ChainUnits, Unit, launch_chain
+        from resnet_triton.kernels.epilogue import Operands
+
+        s, t = self.shape, self.t.permute(0, 2, 3, 1)
+        sizes = [s.stored] + ([] if s.reduce is None else [(s.reduce.n, s.reduce.p, s.reduce.q, s.reduce.k)])
+        outs = [torch.full(size, float("nan"), dtype=t.dtype, device=t.device) for size in sizes]
+        units = {
+            name: Unit(unit.weight.permute(0, 2, 3, 1), Operands(None, *unit.vectors, eps=EPS, relu=name != "project"))
+            for name, unit in self.units.items()
+        }
+        parts = ChainUnits(units.get("conv"), units["expand"], units.get("project"), units.get("reduce"))
+        launch_chain(
+            t, self.shortcut.permute(0, 2, 3, 1), outs[0], outs[1] if len(outs) > 1 else None, parts, s, config,
+            dot_precision(t.dtype),
+        )  # fmt: skip
+        return [out.permute(0, 3, 1, 2) for out in outs]
+
+    def ours(self, config: dict | None) -> list[Tensor]:
+        """As planned, or with a given configuration."""
+        return self.planned() if config is None else self.launched(ConvConfig.from_dict(config))
+
+    def eager(self) -> list[Tensor]:
+        """By PyTorch in the same dtype, operator by operator."""
+        return self._through(reference.block_tail, lambda t: t)
+
+    def exact(self) -> list[Tensor]:
+        """In fp64, nothing between the convolutions rounded."""
+        return self._through(reference.block_tail, wide)
+
+    def _through(self, block_tail: Callable[..., Any], cast: Callable[[Any], Any]) -> list[Tensor]:
+        units = {
+            name: unit._replace(**{field: cast(getattr(unit, field)) for field in UNIT})
+            for name, unit in self.units.items()
+        }
+        convs = [units[name] for name in ("conv", "expand") if name in units]
+        y, after = block_tail(
+            cast(self.t), cast(self.shortcut), *convs, downsample=units.get("project"), next=units.get("reduce"),
+            subsample=self.shape.subsample, pool=self.pool,
+        )  # fmt: skip
+        return [y] if after is None else [y, after]
 
 
 def network(depth: int, dtype: str, batch: int, size: int, device: str) -> tuple[torch.nn.Module, Tensor]:

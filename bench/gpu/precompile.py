@@ -1,8 +1,8 @@
 """Fills Triton's cache ahead of time on many cores: `python -m bench.gpu.precompile < jobs.json`.
 
-A job is one convolution with one configuration. Its launcher runs on meta tensors, and Triton stops before the launch,
-so the program has exactly the signature that it will have later; no process here opens the GPU. Failures cost nothing:
-who needs the program compiles it again and reports the error.
+A job is one convolution, or one chain of them, with one configuration. Its launcher runs on meta tensors, and Triton
+stops before the launch, so the program has exactly the signature that it will have later; no process here opens the
+GPU. Failures cost nothing: who needs the program compiles it again and reports the error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from resnet_triton.kernels.config import ConvConfig, Epilogue
-from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.kernels.geometry import ChainShape, ConvShape
 
 Job = dict[str, Any]
 
@@ -35,6 +35,28 @@ def job(
         "config": config.to_dict(),
         "vectors": str(vectors).removeprefix("torch."),
     }
+
+
+def chain_job(shape: ChainShape, dtype: torch.dtype, config: ConvConfig, vectors: torch.dtype) -> Job:
+    """The same for a chain."""
+    return {
+        "chain": chain_dict(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "config": config.to_dict(),
+        "vectors": str(vectors).removeprefix("torch."),
+    }
+
+
+def chain_dict(shape: ChainShape) -> dict[str, Any]:
+    """A chain as JSON; :func:`chain_of` is the inverse."""
+    parts = {name: vars(conv) if isinstance(conv, ConvShape) else conv for name, conv in vars(shape).items()}
+    return json.loads(json.dumps(parts))
+
+
+def chain_of(data: dict[str, Any]) -> ChainShape:
+    """Inverse of :func:`chain_dict`."""
+    parts: dict[str, Any] = {name: ConvShape(**part) if isinstance(part, dict) else part for name, part in data.items()}
+    return ChainShape(**parts)
 
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:
@@ -64,21 +86,23 @@ def compile_job(work: tuple[Job, int, int]) -> str | None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from resnet_triton.codegen import conv_launches
+    from resnet_triton.codegen import chain_launches, conv_launches
 
-    shape, epilogue, config = (
-        ConvShape(**job["shape"]),
-        Epilogue(**job["epilogue"]),
-        ConvConfig.from_dict(job["config"]),
-    )
-    dtype, vectors = getattr(torch, job["dtype"]), getattr(torch, job["vectors"])
+    config, dtype, vectors = ConvConfig.from_dict(job["config"]), getattr(torch, job["dtype"]), job["vectors"]
+    vectors = getattr(torch, vectors)
+    shape: ConvShape | ChainShape
     try:
-        launches = conv_launches(shape, epilogue, dtype, job["precision"], config, multiprocessors, vectors)
+        if "chain" in job:
+            shape = chain_of(job["chain"])
+            launches = chain_launches(shape, dtype, "tf32", config, multiprocessors, vectors)
+        else:
+            shape, epilogue = ConvShape(**job["shape"]), Epilogue(**job["epilogue"])
+            launches = conv_launches(shape, epilogue, dtype, job["precision"], config, multiprocessors, vectors)
         driver.set_active(_NoDevice(GPUTarget("cuda", sm, 32)))
         for kernel, grid, args, kwargs in launches:
             kernel.run(*args, grid=grid, warmup=True, **kwargs)
     except Exception as error:
-        return f"{shape} {config.kernel} {config}: {type(error).__name__}: {error}"[:500]
+        return f"{job.get('chain') or job['shape']} {config.kernel} {config}: {type(error).__name__}: {error}"[:500]
     return None
 
 
