@@ -156,7 +156,7 @@ class Bottleneck(Function):
 
     @staticmethod
     def forward(x, counts, eps, geometry, *tensors):
-        return ops.bottleneck(x, *_regroup(counts, tensors), list(eps), list(geometry))
+        return ops.bottleneck(x, *_regroup(counts, tensors), [], list(eps), list(geometry))[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):

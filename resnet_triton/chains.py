@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import cost, plan
+from . import cost, plan, tuning
 from .devices import Target
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.geometry import ChainShape, ConvShape
@@ -25,7 +25,7 @@ from .shapes import ConvSite, resnet_convs
 
 EQUAL = 1.05  # predicted times closer than this say nothing
 #: The convolutions beside the expanding one, in the order of execution.
-OTHERS = ("project", "conv", "reduce")
+OTHERS = ("first", "project", "conv", "reduce")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Tail:
         reduce: the next block's first one, or None.
         epilogues: of these, in the order last, conv, project, reduce; None for those that are absent.
         subsample: every how many rows and columns of the output are wanted.
+        first, first_epilogue: the block's first convolution where it has not been computed yet, else None.
     """
 
     last: ConvShape
@@ -47,11 +48,14 @@ class Tail:
     reduce: ConvShape | None
     epilogues: tuple[Epilogue | None, Epilogue | None, Epilogue | None, Epilogue | None]
     subsample: int = 1
+    first: ConvShape | None = None
+    first_epilogue: Epilogue | None = None
 
     def sites(self) -> dict[str, tuple[ConvShape, Epilogue]]:
         """Shape and epilogue of each convolution that is present, by name."""
-        shapes = (self.last, self.conv, self.project, self.reduce)
-        named = zip(("last", "conv", "project", "reduce"), shapes, self.epilogues, strict=True)
+        shapes = (self.last, self.conv, self.project, self.reduce, self.first)
+        epilogues = (*self.epilogues, self.first_epilogue)
+        named = zip(("last", "conv", "project", "reduce", "first"), shapes, epilogues, strict=True)
         return {name: (shape, epilogue) for name, shape, epilogue in named if shape and epilogue}
 
 
@@ -67,16 +71,18 @@ class Chain:
 def chain_shape(tail: Tail, holds: frozenset[str]) -> ChainShape | None:
     """The chain of ``last`` and the convolutions named; None where no kernel could compute it."""
     shapes = {name: getattr(tail, name) if name in holds else None for name in OTHERS}
-    conv, project, reduce = shapes["conv"], shapes["project"], shapes["reduce"]
+    first, conv, project, reduce = (shapes[name] for name in ("first", "conv", "project", "reduce"))
     if any(shapes[name] is None for name in holds) or not tail.last.pointwise:
         return None
+    if first is not None and (conv is None or not first.pointwise or project is not tail.project):
+        return None  # it is computed on load, from the tensor that is also the shortcut
     if reduce is not None and not reduce.pointwise:
         return None
     if project is not None and (project.r != 1 or project.s != 1 or project.padding != 0):
         return None
     # what comes behind the chain reads all of its output
     whole = tail.reduce is not None and reduce is None
-    return ChainShape(conv, tail.last, project, reduce, 1 if whole else tail.subsample)
+    return ChainShape(conv, tail.last, project, reduce, 1 if whole else tail.subsample, first)
 
 
 def ways(tail: Tail) -> Iterator[tuple[frozenset[str], ChainShape]]:
@@ -107,9 +113,18 @@ def refusal_of_chains(target: Target, dtype: torch.dtype, precision: str) -> str
 def choose_chain(tail: Tail, dtype: torch.dtype, precision: str, target: Target, backend: str) -> Chain | None:
     """The chain that makes the tail fastest, or None where every convolution is better off on its own.
 
-    A chain that was not measured must be predicted to need at most 80 % of the library's time for its convolutions, and
-    of the time of the convolutions on their own if that was measured. Of ways whose times are equal within 5 %, the one
-    that moves the fewest bytes is taken: times rest on estimates, bytes do not.
+    Every way is the sum of its parts, each at its measured time where there is one, else at its predicted time, and is
+    held against the sum of all convolutions on their own at the same batch: that of the measurement, where a chain was
+    measured. Predictions and measurements are compared with each other with these margins:
+
+    - A measured chain must not be slower than the library was beside it; its time then counts against the convolutions'
+      as it is, even if those are predicted only.
+    - A chain that was not measured must be predicted to need at most 80 % of the library's predicted time for its
+      convolutions (measured on a sibling of the GPU, at most 80 % of the library's time there), and of the time of the
+      convolutions on their own if all of them were measured.
+
+    Of ways that are equal within 5 %, the one that moves the fewest bytes is taken: times rest on estimates, bytes do
+    not.
     """
     if backend == "cudnn" or refusal_of_chains(target, dtype, precision):
         return None
@@ -120,30 +135,41 @@ def choose_chain(tail: Tail, dtype: torch.dtype, precision: str, target: Target,
             for config in configs_of(shape, dtype, target):
                 return Chain(shape, Choice(config.kernel, config, "use_backend('triton') in the interpreter"), holds)
         return None
-    sites = tail.sites()
-    apart = {name: plan.choose_conv(*site, dtype, precision, target, backend) for name, site in sites.items()}
-    size = dtype.itemsize
+    sites, size = tail.sites(), dtype.itemsize
+
+    def apart_at(batch: int) -> dict[str, Choice]:
+        return {
+            name: plan.choose_conv(replace(shape, n=batch), epilogue, dtype, precision, target, backend)
+            for name, (shape, epilogue) in sites.items()
+        }
+
+    apart = apart_at(tail.last.n)
     alone = {name: plan.conv_bytes(*site, apart[name], size) for name, site in sites.items()}
-    options: list[tuple[float, int, Chain | None]] = [(_total(apart.values()), sum(alone.values()), None)]
+    options: list[tuple[float, int, Chain | None]] = [(1.0, sum(alone.values()), None)]
     for holds, shape in ways(tail):
-        choice = _choose(shape, dtype, precision, target)
-        if choice is None:
-            continue
         replaced = ("last", *holds)
-        others = _total(apart[name] for name in replaced)
-        if choice.measured_us is None and backend != "triton":
-            library = sum(cost.predict_unfused(*sites[name], dtype, precision, target).us for name in replaced)
-            measured = all(apart[name].measured_us is not None for name in replaced)
-            if _us(choice) > CLEAR_WIN * (min(library, others) if measured else library):
+        library = sum(cost.predict_unfused(*sites[name], dtype, precision, target).us for name in replaced)
+        way = _choose(shape, library, dtype, precision, target)
+        if way is None:
+            continue
+        choice, wins, batch = way
+        around = apart if batch == tail.last.n else apart_at(batch)
+        others = _total(around[name] for name in replaced)
+        if backend != "triton":
+            unsure = choice.measured_us is None and all(around[name].measured_us is not None for name in replaced)
+            if not wins or (unsure and _us(choice) > CLEAR_WIN * others):
                 continue
-        text = f"{choice.reason} against {others:.1f} us one kernel a convolution"
+        text = f"{choice.reason}, {others:.1f} us one kernel a convolution"
         rest = [name for name in sites if name not in replaced]
-        total = _us(choice) + _total(apart[name] for name in rest)
+        share = (_us(choice) + _total(around[name] for name in rest)) / _total(around.values())
         moved = shape.bytes_moved(size) + sum(alone[name] for name in rest)
-        options.append((total, moved, Chain(shape, replace(choice, reason=text), holds)))
-    fastest = min(total for total, _, _ in options)
-    near = [way for way in options if way[0] <= EQUAL * fastest]
-    return min(near, key=lambda way: (way[1], way[0]))[2]
+        options.append((share, moved, Chain(shape, replace(choice, reason=text), holds)))
+    least = min(share for share, _, _ in options)
+    near = [way for way in options if way[0] <= EQUAL * least]
+    chain = min(near, key=lambda way: (way[1], way[0]))[2]
+    if chain and chain.choice.measured_us is None:
+        plan.warn_unmeasured(target, tail.last, dtype, precision)
+    return chain
 
 
 @functools.lru_cache(maxsize=1024)
@@ -172,9 +198,12 @@ def choose_pooled(
         return None
     ours = cost.predict(shape, epilogue, config, dtype, precision, target)
     average = cost.memory_us(shape.n * shape.k * (pixels + 1) * dtype.itemsize, target) or 0.0
-    alone = _us(plan.choose_conv(shape, epilogue, dtype, precision, target, backend)) + average
+    apart = plan.choose_conv(shape, epilogue, dtype, precision, target, backend)
+    alone = _us(apart) + average
     library = cost.predict_unfused(shape, epilogue, dtype, precision, target).us + average
-    if ours.us >= alone or (backend != "triton" and ours.us > CLEAR_WIN * library):
+    if backend != "triton" and ours.us > CLEAR_WIN * (library if apart.measured_us is None else min(library, alone)):
+        return None
+    if ours.us >= alone:
         return None
     text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {alone:.1f} us with the average apart"
     return Choice(config.kernel, config, text, ours.us, limit=ours.limit)
@@ -188,24 +217,57 @@ def _total(choices: Iterable[Choice]) -> float:
     return sum(map(_us, choices))
 
 
-def _choose(shape: ChainShape, dtype: torch.dtype, precision: str, target: Target) -> Choice | None:
-    """How a chain runs if it does: as it was measured on this device, else in the way that is predicted fastest."""
-    configs = configs_of(shape, dtype, target)
-    if not configs:
-        return None
-    predictions = [(cost.predict_chain(shape, config, dtype, precision, target), config) for config in configs]
-    prediction, config = min(predictions, key=lambda pair: pair[0].us)
-    text = f"unmeasured; predicted {prediction.us:.1f} us ({prediction.limit})"
-    return Choice(config.kernel, config, text, prediction.us, limit=prediction.limit)
+def _choose(
+    shape: ChainShape, library_us: float, dtype: torch.dtype, precision: str, target: Target
+) -> tuple[Choice, bool, int] | None:
+    """How a chain runs if it does: as it was measured on this device, or on its sibling, or as predicted fastest.
+
+    Returns:
+        The choice; whether it beats the library, clearly so unless it was measured here; and the batch that its time is
+        of. None where there is no kernel.
+    """
+    batch = shape.expand.n
+
+    def predicted(config: ConvConfig) -> cost.Prediction:
+        return cost.predict_chain(shape, config, dtype, precision, target)
+
+    entry = tuning.lookup_chain(target.name, shape, dtype)
+    if entry and fits(entry.config, shape, dtype, target):
+        text = f"measured {entry.us:.1f} us against {entry.library_us:.1f} us by cudnn"
+        if entry.batch != batch:
+            text += f" at batch {entry.batch}"
+        limit = predicted(entry.config).limit
+        choice = Choice(entry.config.kernel, entry.config, text, None, entry.us, limit)
+        return choice, entry.us <= entry.library_us, entry.batch
+    name, entry = tuning.lookup_sibling_chain(target, shape, dtype) or ("", None)
+    if entry and fits(entry.config, shape, dtype, target):
+        plan.warn_borrowed(target, name, shape.expand, dtype, precision)
+        config, ours = entry.config, predicted(entry.config)
+        wins = entry.us <= CLEAR_WIN * entry.library_us
+        text = f"unmeasured here; {entry.us:.1f} us against {entry.library_us:.1f} us by cudnn on {name}"
+    else:
+        configs = configs_of(shape, dtype, target)
+        if not configs:
+            return None
+        ours, config = min(((predicted(config), config) for config in configs), key=lambda pair: pair[0].us)
+        wins = ours.us <= CLEAR_WIN * library_us
+        text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {library_us:.1f} us by cudnn"
+    return Choice(config.kernel, config, text, ours.us, limit=ours.limit), wins, batch
 
 
 def configs_of(shape: ChainShape, dtype: torch.dtype, target: Target) -> list[ConvConfig]:
     """The configurations with which a chain runs on a target: none spills, all fit its shared memory."""
-    from .kernels.chain import chain_configs, chain_shared_bytes
+    from .kernels.chain import chain_configs
 
-    size = dtype.itemsize
+    return [config for config in chain_configs(shape, dtype.itemsize) if fits(config, shape, dtype, target)]
+
+
+def fits(config: ConvConfig, shape: ChainShape, dtype: torch.dtype, target: Target) -> bool:
+    """Whether a configuration can compute a chain at all, and a target has the shared memory for it."""
+    from .kernels.chain import chain_refusal, chain_shared_bytes
+
     room = target.shared_memory or math.inf
-    return [config for config in chain_configs(shape, size) if chain_shared_bytes(config, shape, size) <= room]
+    return chain_refusal(config, shape) is None and chain_shared_bytes(config, shape, dtype.itemsize) <= room
 
 
 def bottleneck_tails(depth: int, batch: int, size: int) -> Iterator[tuple[str, Tail]]:

@@ -39,6 +39,7 @@ ROLLING_START = 800
 CHAIN_PRODUCT = 40
 CHAIN_INSTRUCTIONS = 240
 CHAIN_PER_VALUE = 4.3
+FIRST_PER_VALUE = 6  # of a block's first convolution, computed on load: BN, ReLU, padding, through shared memory
 CHAIN_ROLLING_INSTRUCTIONS = 165
 CHAIN_ROLLING_PER_VALUE = 5
 # Of the fused stem: once a program, and a value of each row of the convolution.
@@ -160,20 +161,24 @@ def predict_chain(
     if rolling:
         programs = count_strips(config, expand)
     tiles = th if rolling else 1  # of BM pixels that a program computes, one after another
-    loaded, filters, steps = bm * tiles * expand.c, 0, 0  # elements of the first input, weights and steps of the 3x3
+    # elements of the first input, weights and steps of the 3x3, multiply-adds of the 1x1 before it for a pixel, elements
+    # that pass through shared memory besides operands
+    loaded, filters, steps, again, staged = bm * tiles * expand.c, 0, 0, 0, 0
     if shape.conv is not None:
         c, taps = shape.conv.c, shape.conv.r * shape.conv.s
         rows = tiles + 2 if rolling else 1  # two more than are stored
+        filters, steps = shape.conv.weights, rows * taps * cdiv(c, config.bk)
+        if shape.first is not None:  # computed anew for each tap
+            c, again = shape.first.c, taps * shape.first.weights
+            staged = bm * taps * shape.conv.c
         loaded = bm * c * (3 * rows if rolling else taps)
-        filters = shape.conv.weights
-        steps = rows * taps * cdiv(c, config.bk)
     pointwise = sum(conv.weights for conv in (expand, shape.project, shape.reduce) if conv is not None)
     added = bm * tiles * expand.k
     if shape.project is not None:
         added = bm * tiles * shape.project.c
-    staged = bm * tiles * (expand.k + (shape.reduce.k if shape.reduce else 0))
+    staged += bm * tiles * (expand.k + (shape.reduce.k if shape.reduce else 0))
     conv_tiles = (tiles + 2 if rolling else 1) if filters else 0
-    macs = bm * (conv_tiles * filters + tiles * pointwise)
+    macs = bm * (conv_tiles * (filters + again) + tiles * pointwise)
     waves = cdiv(programs, target.multiprocessors) * target.multiprocessors
     cycles = target.multiprocessors * target.clock_ghz * 1e3
     values = bm * bn / (32 * config.warps)
@@ -184,6 +189,8 @@ def predict_chain(
     if shape.project is not None:
         per_column += CHAIN_PRODUCT + values
     per_step = CHAIN_PRODUCT if rolling else LOOP_INSTRUCTIONS
+    if again:
+        per_step += CHAIN_PRODUCT + FIRST_PER_VALUE * bm * expand.c / (32 * config.warps)
     instructions = steps * per_step + columns * per_column + EPILOGUE_INSTRUCTIONS * tiles
     # every operand is written to shared memory once; weights are read by each group of 64 pixels
     through = 2 * (loaded + added) + staged + (1 + bm / 64) * (filters * conv_tiles + pointwise * tiles)

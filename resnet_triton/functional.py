@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import autograd
 
-__all__ = ["ConvBN", "add_relu", "block_tail", "bottleneck", "conv_bn_act", "fold_bn", "head", "stem"]
+__all__ = ["ConvBN", "add_relu", "block_and_next", "block_tail", "bottleneck", "conv_bn_act", "fold_bn", "head", "stem"]
 
 ops = torch.ops.resnet_triton
 
@@ -135,7 +135,42 @@ def bottleneck(x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, *, downsa
     if _differentiating((x, *chain(*groups))):
         first, *rest = _distinct((x, *chain(*groups)))
         return autograd.Bottleneck.apply(first, [len(g) for g in groups], eps, geometry, *rest)
-    return ops.bottleneck.default(x, *groups, eps, geometry)
+    return ops.bottleneck.default(x, *groups, [], eps, geometry)[0]
+
+
+def block_and_next(
+    x: Tensor,
+    conv1: ConvBN,
+    conv2: ConvBN,
+    conv3: ConvBN,
+    *,
+    downsample: ConvBN | None = None,
+    next: ConvBN | None = None,
+    subsample: int = 1,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """A whole bottleneck block, and optionally the next block's first convolution: as :func:`block_tail` behind conv1.
+
+    Args:
+        x: the block's input.
+        conv1, conv2, conv3, downsample: the block.
+        next, subsample, pool: as in :func:`block_tail`.
+    """
+    units = (conv1, conv2, conv3, downsample, next)
+    if _differentiating((x, *chain(*(unit.tensors for unit in units if unit is not None)))):
+        t = conv_bn_act(
+            x,
+            conv1.weight,
+            *conv1.vectors,
+            eps=conv1.eps,
+            stride=conv1.stride,
+            padding=conv1.padding,
+            dilation=conv1.dilation,
+        )
+        return block_tail(t, x, conv2, conv3, downsample=downsample, next=next, subsample=subsample, pool=pool)
+    x, _, groups, eps, geometry = _operands(x, x, units)
+    y, *after = ops.bottleneck.default(x, *groups, eps, geometry, subsample, pool)
+    return y, (after[0] if next is not None else None)
 
 
 def stem(

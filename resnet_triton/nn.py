@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +125,6 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
     inference = not torch.is_grad_enabled()
     step = 1  # at which the block before stored x
     for i, (first, rest, before, project, _) in enumerate(blocks):
-        if t is None:
-            t = _apply(x, first)
         shortcut = x
         for m in before:
             shortcut = m(shortcut)
@@ -136,9 +134,11 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
         following, step = None, 1
         if not last and len(blocks[i + 1].rest) == 2:
             following, step = blocks[i + 1].first, blocks[i + 1].strided if inference else 1
-        x, t = functional.block_tail(
-            t, shortcut, *rest, downsample=project, next=following, subsample=step, pool=pool and last
-        )
+        then: dict[str, Any] = {"downsample": project, "next": following, "subsample": step, "pool": pool and last}
+        if t is None and len(rest) == 2 and len(before) == 0:
+            x, t = functional.block_and_next(x, first, *rest, **then)
+        else:
+            x, t = functional.block_tail(_apply(x, first) if t is None else t, shortcut, *rest, **then)
     return x
 
 

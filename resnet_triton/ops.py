@@ -48,8 +48,8 @@ library.define(
     "float[] eps, int[] geometry, int subsample=1, bool pool=False) -> Tensor[]"
 )
 library.define(
-    "bottleneck(Tensor x, Tensor?[] conv1, Tensor?[] conv2, Tensor?[] conv3, Tensor?[] downsample, "
-    "float[] eps, int[] geometry) -> Tensor"
+    "bottleneck(Tensor x, Tensor?[] conv1, Tensor?[] conv2, Tensor?[] conv3, Tensor?[] downsample, Tensor?[] next, "
+    "float[] eps, int[] geometry, int subsample=1, bool pool=False) -> Tensor[]"
 )
 library.define(
     "stem(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, "
@@ -100,14 +100,24 @@ def split_units(units: Sequence[Sequence[Tensor | None]], eps: Sequence[float], 
     return parts
 
 
-def _tail_units(conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False) -> Units:
-    second, third, project, reduce = split_units((conv2, conv3, downsample, next), eps, geometry)
+def _units(first, second, third, project, reduce, subsample: int, pool: bool) -> Units:
     if subsample < 1 or (pool and (subsample > 1 or reduce is not None)):
         raise ValueError(
             f"subsample must be at least 1, and pool comes alone; got subsample={subsample}, pool={pool}, "
             f"next {'absent' if reduce is None else 'present'}"
         )
-    return Units(second, None, project, reduce) if third is None else Units(third, second, project, reduce)
+    return Units(second, None, project, reduce) if third is None else Units(third, second, project, reduce, first)
+
+
+def _tail_units(conv2, conv3, downsample, next, eps, geometry, subsample, pool) -> Units:
+    return _units(None, *split_units((conv2, conv3, downsample, next), eps, geometry), subsample, pool)
+
+
+def _block_units(conv1, conv2, conv3, downsample, next, eps, geometry, subsample, pool) -> Units:
+    units = split_units((conv1, conv2, conv3, downsample, next), eps, geometry)
+    if units[0] is None or units[1] is None or units[2] is None:
+        raise ValueError("a bottleneck has conv1, conv2 and conv3; got an empty list for one of them")
+    return _units(*units, subsample, pool)
 
 
 def block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False):
@@ -121,17 +131,15 @@ def _fake_block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry,
     return tail_shapes(t, shortcut, units, subsample, pool)
 
 
-def bottleneck(x, conv1, conv2, conv3, downsample, eps, geometry):
+def bottleneck(x, conv1, conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False):
     """Implementation of ``torch.ops.resnet_triton.bottleneck``."""
-    ((weight, vectors, first_eps, first_geometry),) = split_units((conv1,), eps[:1], geometry[:3])
-    t = conv_step(x, weight, vectors, None, first_eps, True, *first_geometry)
-    return tail_step(t, x, _tail_units(conv2, conv3, downsample, [], eps[1:], geometry[3:]))[0]
+    units = _block_units(conv1, conv2, conv3, downsample, next, eps, geometry, subsample, pool)
+    return tail_step(x, x, units, subsample, pool)
 
 
-def _fake_bottleneck(x, conv1, conv2, conv3, downsample, eps, geometry):
-    ((weight, vectors, _, first_geometry),) = split_units((conv1,), eps[:1], geometry[:3])
-    t = _fake_conv(x, weight, vectors, None, *first_geometry)
-    return tail_shapes(t, x, _tail_units(conv2, conv3, downsample, [], eps[1:], geometry[3:]))[0]
+def _fake_bottleneck(x, conv1, conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False):
+    units = _block_units(conv1, conv2, conv3, downsample, next, eps, geometry, subsample, pool)
+    return tail_shapes(x, x, units, subsample, pool)
 
 
 def _check_stem(x, weight, norm_mean, norm_std) -> tuple[int, int]:

@@ -52,13 +52,14 @@ class Units(NamedTuple):
     conv: Unit | None
     project: Unit | None
     reduce: Unit | None
+    first: Unit | None = None
 
 
 def tail_step(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, pool: bool = False) -> list[Tensor]:
     """Runs the end of a block.
 
     Args:
-        t: input of the first convolution.
+        t: input of the first convolution; with ``units.first`` the block's input, as ``shortcut`` is.
         shortcut: the block's input.
         units: what to compute.
         subsample: every how many rows and columns of the block's output are wanted.
@@ -67,11 +68,13 @@ def tail_step(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, poo
     Returns:
         The block's output; and that of ``units.reduce``, if it is there.
     """
-    last, conv, project, reduce = units
+    last, conv, project, reduce, first = units
     chain = None if pool else _chain(t, shortcut, units, subsample)
     holds = chain.holds if chain else frozenset()
     if project is not None and "project" not in holds:
         shortcut = _conv(shortcut, project, relu=False)
+    if first is not None and "first" not in holds:
+        t = _conv(t, first)
     if conv is not None and "conv" not in holds:
         t = _conv(t, conv)
     after = None
@@ -101,6 +104,8 @@ def tail_shapes(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, p
 
     if units.project is not None:
         shortcut = empty(shortcut, units.project)
+    if units.first is not None:
+        t = empty(t, units.first)
     if units.conv is not None:
         t = empty(t, units.conv)
     y = empty(t, units.last, shortcut)
@@ -138,10 +143,12 @@ def _tail(
         assert weight is not None and places is not None
         return conv_geometry(torch.Size(x), weight, *places)
 
-    conv = project = reduce = None
+    conv = project = reduce = first = None
     inner: Sequence[int] = t
+    if weights[4] is not None:
+        first, inner = shaped(4, t)
     if weights[1] is not None:
-        conv, inner = shaped(1, t)
+        conv, inner = shaped(1, inner)
     last, out = shaped(0, inner)
     added: Sequence[int] = shortcut
     if weights[2] is not None:
@@ -150,17 +157,19 @@ def _tail(
         raise ValueError(f"the shortcut must be {out} as the block's output, got {tuple(added)}")
     if weights[3] is not None:
         reduce, _ = shaped(3, out)
-    kinds = ((True, True), (False, True), (False, False), (False, True))  # residual, ReLU
+    kinds = ((True, True), (False, True), (False, False), (False, True), (False, True))  # residual, ReLU
     epilogues = tuple(
         None if weight is None else Epilogue(bn, bias, *kind)
         for weight, (bn, bias), kind in zip(weights, has, kinds, strict=True)
     )
-    return Tail(last, conv, project, reduce, epilogues, subsample)  # type: ignore[arg-type]
+    return Tail(last, conv, project, reduce, epilogues[:4], subsample, first, epilogues[4])  # type: ignore[arg-type]
 
 
 def _chain(t: Tensor, shortcut: Tensor, units: Units, subsample: int) -> Chain | None:
     """The chain that runs, or None."""
-    if not backend.chains_allowed() or units.conv is None or (t.shape[0] == 0 and not Recorder.active):
+    if not (backend.chains_allowed() or Recorder.active) or units.conv is None:
+        return None
+    if t.shape[0] == 0 and not Recorder.active:
         return None
     target = target_for(t)
     if not target.tma:
@@ -174,6 +183,10 @@ def _chain(t: Tensor, shortcut: Tensor, units: Units, subsample: int) -> Chain |
         tuple((False, False) if unit is None else _has_bn_and_bias(unit) for unit in units),
         subsample,
     )
+    if Recorder.active:
+        Recorder.active.tails.append((units.last.weight, tail))
+        if not backend.chains_allowed():
+            return None
     return chains.choose_chain(tail, t.dtype, precision, target, backend.current_backend())
 
 
@@ -193,7 +206,7 @@ def _run_chain(chain: Chain, t: Tensor, shortcut: Tensor, units: Units) -> tuple
         after = new_channels_last(t, shape.reduce.n, shape.reduce.k, shape.reduce.p, shape.reduce.q)
     if Recorder.active:
         size = t.element_size()
-        first = named.get("conv") or named["last"]
+        first = named.get("first") or named.get("conv") or named["last"]
         Recorder.active.steps.append(
             Step("chain", first.weight, shape, None, shape.bytes_moved(size), choice, shape.weight_bytes(size))
         )
@@ -208,7 +221,7 @@ def _run_chain(chain: Chain, t: Tensor, shortcut: Tensor, units: Units) -> tuple
     }
     launch_chain(
         nhwc(t), nhwc(shortcut), y.permute(0, 2, 3, 1), None if after is None else after.permute(0, 2, 3, 1),
-        ChainUnits(operands.get("conv"), operands["last"], operands.get("project"), operands.get("reduce")),
+        ChainUnits(*(operands.get(name) for name in ("conv", "last", "project", "reduce", "first"))),
         shape, choice.tiling, backend.dot_precision(t.dtype),
     )  # fmt: skip
     return y, after

@@ -63,7 +63,8 @@ def images(n: int = 2, h: int = 32, w: int = 32, dtype: torch.dtype = torch.floa
 class Calls(TorchDispatchMode):
     """Counts the operators that run within: this package's by their name, PyTorch's convolutions as ``"aten"``.
 
-    What an operator of this package runs inside is not counted.
+    A whole bottleneck counts as what it stands for, its first convolution and its tail. What an operator of this
+    package runs inside is not counted.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "resnet_triton":
-            self.counts[func._opname] += 1
+            self.counts.update(("conv_bn_act", "block_tail") if func._opname == "bottleneck" else (func._opname,))
         elif func._opname == "convolution":
             self.counts["aten"] += 1
         return func(*args, **(kwargs or {}))
