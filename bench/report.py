@@ -1,4 +1,4 @@
-"""Prints the bench's tables, and writes ``docs/performance.md`` and its pictures from the result files.
+"""Prints the bench's tables, and writes ``docs/performance.md`` and its pictures from the result files and the plan.
 
 ``python -m bench.report`` prints every ``bench/results/<device>/latest.json`` and writes the page and ``docs/images``.
 """
@@ -31,6 +31,7 @@ from resnet_triton.tables import (
 )
 
 from . import RESULTS, plots
+from .bounds import bounds
 
 LAYERS, MODELS = "single steps", "throughput and accuracy"
 IMAGES, ROOFLINE = "images", "roofline.svg"  # beside the page
@@ -109,7 +110,27 @@ def page(results: Results) -> str:
             lines += ["", f"### {title[0].upper()}{title[1:]}"]
             lines += ["", f"![{title}]({IMAGES}/{pictures[title]})"] if title in pictures else []
             lines += ["", *markdown(table)]
-    return "\n".join([*lines, "", *_roofline(results)]) + "\n"
+    return "\n".join([*lines, "", *_limits(), "", *_roofline(results)]) + "\n"
+
+
+def _limits() -> list[str]:
+    lines = [
+        "## What limits each step",
+        "",
+        f"How `resnet_triton.explain` plans a forward on an {PREDICT_FOR}, what limits each step by the cost model,",
+        "and what would come next. Predictions are not measurements: they rest on the rates in",
+        "`resnet_triton/devices.json`, on sizes, and on instructions counted in the machine code.",
+        "",
+        "*Roofline*: the time that a step needs at least, by its bytes at the full bandwidth or its products at the",
+        "full matrix rate, as a share of its predicted time (of its measured time, where there is one). *Then*: the",
+        "resource that takes longest after the limiting one, in us. *hbm*: device memory; *l2*: loads through the L2",
+        "cache; *shared*: shared memory; *tensor*: the tensor cores; *issue*: instructions. Measured times are those of",
+        "the tuned files in `resnet_triton/tuned`.",
+    ]
+    for network in bounds():
+        lines += ["", f"### {network.title}", "", network.text(), "", *markdown(network.limits())]
+        lines += ["", *markdown(network.steps())]
+    return lines
 
 
 def _roofline(results: Results) -> list[str]:
