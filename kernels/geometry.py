@@ -139,9 +139,15 @@ class ChainShape:
                 raise ValueError(f"first must read the shortcut {self.shortcut} (N, H, W, C), got {f}")
 
     @property
+    def named(self) -> dict[str, ConvShape]:
+        """The convolutions by name, in the order first, conv, project, expand, reduce; none that is absent."""
+        names = ("first", "conv", "project", "expand", "reduce")
+        return {name: conv for name in names if (conv := getattr(self, name)) is not None}
+
+    @property
     def convs(self) -> tuple[ConvShape, ...]:
-        """The convolutions, in the order first, conv, project, expand, reduce, without those that are absent."""
-        return tuple(c for c in (self.first, self.conv, self.project, self.expand, self.reduce) if c is not None)
+        """The convolutions, as in :attr:`named`."""
+        return tuple(self.named.values())
 
     @property
     def source(self) -> tuple[int, int, int, int]:

@@ -147,6 +147,9 @@ def _tuned(target: Target) -> Iterator[Case]:
             kernels = _Kernels(target, getattr(torch, entry.dtype), entry.precision or "tf32")
             label = f"{tuned.device} {entry.shape}"
             yield from kernels.conv(ConvSite(label, entry.shape, epilogue), label, entry.config)
+        for chain in tuned.chains if tuned.sm == target.sm else ():
+            kernels = _Kernels(target, getattr(torch, chain.dtype), "tf32")
+            yield from kernels.chain(chain.shape, f"{tuned.device} {chain.shape}", chain.config)
 
 
 def _samples(kernels: _Kernels) -> Iterator[Case]:

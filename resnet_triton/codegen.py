@@ -303,18 +303,14 @@ def chain_launches(
     def meta(*sizes: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(sizes, dtype=of, device="meta")
 
-    def unit(conv: ConvShape | None) -> Unit | None:
-        if conv is None:
-            return None
+    def unit(conv: ConvShape) -> Unit:
         gamma, beta, mean, var = (meta(conv.k, of=vectors) for _ in range(4))
-        operands = Operands(None, None, gamma, beta, mean, var, 1e-5, True)
-        return Unit(meta(conv.k, conv.r, conv.s, conv.c), operands)
+        return Unit(meta(conv.k, conv.r, conv.s, conv.c), Operands(None, None, gamma, beta, mean, var, 1e-5))
 
-    expand, reduce = unit(shape.expand), shape.reduce
-    assert expand is not None
-    units = ChainUnits(unit(shape.conv), expand, unit(shape.project), unit(reduce))
-    t, shortcut, y = meta(*shape.source), meta(*shape.shortcut), meta(*shape.stored)
-    t_next = None if reduce is None else meta(reduce.n, reduce.p, reduce.q, reduce.k)
+    units = ChainUnits(**{name: unit(conv) for name, conv in shape.named.items()})
+    t, y, after = meta(*shape.source), meta(*shape.stored), shape.reduce
+    shortcut = t if shape.first else meta(*shape.shortcut)
+    t_next = meta(after.n, after.p, after.q, after.k) if after else None
     return trace(lambda: launch_chain(t, shortcut, y, t_next, units, shape, config, precision), multiprocessors)
 
 

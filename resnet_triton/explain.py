@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import structure
 from .backend import current_backend
+from .chains import Tail
 from .convert import is_block, is_converted
 from .cost import ideal_us, library_us
 from .devices import Target, target_of
@@ -156,6 +157,7 @@ class _Tracer(TorchDispatchMode):
         self.target, self.dtype, self.names, self.reasons = target, dtype, names, reasons
         self.rows: list[Row] = []
         self.steps: list[tuple[str, Step]] = []
+        self.tails: list[tuple[str, Tail]] = []
         self.place = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -163,6 +165,7 @@ class _Tracer(TorchDispatchMode):
             with Recorder(self.target) as recorder:
                 out = IMPLEMENTATIONS[func._opname](*args, **(kwargs or {}))
             self.rows += [self._step(step) for step in recorder.steps]
+            self.tails += [(self._find([weight]) or self.place, tail) for weight, tail in recorder.tails]
             return out
         out = func(*args, **(kwargs or {}))
         name = func._opname.rstrip("_") or func._opname
@@ -290,9 +293,13 @@ def fused_steps(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> list[tuple[str, Step]]:
-    """The steps of this package's ops in one forward, each with its module's name; arguments as :func:`explain`."""
-    return _trace(model, input_shape, dtype, device)[0].steps
+) -> tuple[list[tuple[str, Step]], list[tuple[str, Tail]]]:
+    """The steps of this package's ops in one forward, each with its module's name; arguments as :func:`explain`.
+
+    Behind them the ends of its residual blocks, as :mod:`.chains` sees them, with the name of their last convolution.
+    """
+    tracer, _ = _trace(model, input_shape, dtype, device)
+    return tracer.steps, tracer.tails
 
 
 def _trace(

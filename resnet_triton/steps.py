@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from . import backend, onednn, plan, reference
 from .devices import Target, target_of
 from .kernels.config import Epilogue
 from .kernels.geometry import ChainShape, ConvShape, out_size
+
+if TYPE_CHECKING:
+    from .chains import Tail
 
 UNIT = ("weight", "bias", "gamma", "beta", "mean", "var")
 #: bias, gamma, beta, mean, var
@@ -45,13 +49,14 @@ class Step:
 
 
 class Recorder:
-    """While active, steps are recorded for one target instead of run."""
+    """While active, steps are recorded for one target instead of run; and the ends of blocks, with the last weight."""
 
     active: Recorder | None = None
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.steps: list[Step] = []
+        self.tails: list[tuple[Tensor, Tail]] = []
 
     def __enter__(self) -> Recorder:
         Recorder.active = self

@@ -1,10 +1,9 @@
-"""Tunes the convolutions of a model on this GPU: which there are, which come first, and the work on each.
+"""Tunes the convolutions and chains of a model on this GPU: the work on each (:mod:`.sites` says which there are).
 
-The convolutions are those that a forward of the model really launches (found on shape-only tensors, as ``explain``
-does). Each one is a row for a worker process that measures its candidates (:mod:`.tuner`, :mod:`.measure`); meanwhile
-other processes compile the candidates ahead, without the GPU, and drop those that spill or do not fit. A candidate that
-kills its process costs itself only. Everything is noted in a journal beside the output, so a later call goes on where
-one was stopped; the output is written after each finished convolution.
+Each one is a row for a worker process that measures its candidates (:mod:`.tuner`, :mod:`.measure`); meanwhile other
+processes compile the candidates ahead, without the GPU, and drop those that spill or do not fit. A candidate that kills
+its process costs itself only. Everything is noted in a journal beside the output, so a later call goes on where one was
+stopped; the output is written after each finished row.
 """
 
 from __future__ import annotations
@@ -15,154 +14,43 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from . import cost, plan, sass, tuning
-from .backend import current_backend, use_backend
+from . import plan, sass, tuning
 from .devices import Target
-from .explain import fused_steps
+from .entries import AnyEntry
 from .journal import Journal, Record, hash_of
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.geometry import ConvShape
 from .rows import Crew, Row
+from .sites import AnySite, Site, site_of
 from .steps import Recorder
-from .tuner import Trial, candidates, entry_of, key_of, search
-from .tuning import Entry
+from .tuner import Trial, candidates, search
 
 logger = logging.getLogger("resnet_triton")
 HANDLER, COMPILER = f"{__name__}:measure_row", f"{__name__}:compile_row"
-PREFIX = "tune "
 CANDIDATE_S = 60.0  # for compiling, checking and timing one candidate
 COMPILE_S = 120.0  # how long a worker waits for what is compiled ahead
 COMPILERS = 8  # processes at most
 AUTOTUNE_LIMIT = 8  # candidates at a first call
 
 
-@dataclass(frozen=True)
-class Site:
-    """A distinct convolution of a model, as tuned files tell them apart.
-
-    Args:
-        shape, epilogue, dtype, precision: what runs.
-        layers: names of the modules that it is.
-        share: predicted share of the network's convolution time by the library, summed over the layers.
-    """
-
-    shape: ConvShape
-    epilogue: Epilogue
-    dtype: torch.dtype
-    precision: str
-    layers: tuple[str, ...]
-    share: float
-
-    @property
-    def key(self) -> str:
-        """Its name in a journal."""
-        return PREFIX + key_of(self.shape, self.epilogue, self.dtype, self.precision)
-
-    @property
-    def row_key(self) -> str:
-        """The name of the work on it in a journal."""
-        return f"{self.key} (whole)"
-
-    def library_us(self, target: Target) -> float:
-        """Predicted time of the library's convolution and separate passes, microseconds."""
-        return cost.predict_unfused(self.shape, self.epilogue, self.dtype, self.precision, target).us
-
-    def candidates(self, target: Target) -> list[ConvConfig]:
-        """What is measured, most promising first."""
-        return candidates(self.shape, self.dtype, target, epilogue=self.epilogue, precision=self.precision)
-
-    def ours_us(self, target: Target) -> float:
-        """Predicted time of the best candidate, microseconds."""
-        return min(
-            cost.predict(self.shape, self.epilogue, config, self.dtype, self.precision, target).us
-            for config in self.candidates(target)
-        )
-
-
-# Which
-
-
-def sites_of(
-    model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype, target: Target, precision: str = "tf32"
-) -> list[Site]:
-    """The distinct convolutions that a converted model launches through this package's kernels, in order of execution.
-
-    Args:
-        model: converted, in the mode that it will run in.
-        input_shape: ``(N, C, H, W)``.
-        dtype: of weights and activations.
-        target: the GPU.
-        precision: ``"tf32"`` or ``"ieee"``, for fp32 only.
-
-    Raises:
-        ValueError: there is none, or kernels cannot run there; with the reason.
-    """
-    reason = plan.refusal(target, dtype)
-    if reason:
-        raise ValueError(f"nothing to tune: {reason}")
-    with plan.quiet(), use_backend(current_backend(), chains=False):
-        steps = fused_steps(model, input_shape, dtype=dtype, device=target.name)
-    found: dict[tuple[ConvShape, bool], Site] = {}
-    for name, step in steps:
-        if step.op == "conv" and isinstance(step.shape, ConvShape) and step.epilogue:
-            fresh = Site(step.shape, step.epilogue, dtype, precision, (), 0.0)
-            site = found.setdefault((step.shape, step.epilogue.residual), fresh)
-            share = site.share + site.library_us(target)
-            found[step.shape, step.epilogue.residual] = replace(site, layers=(*site.layers, name), share=share)
-    if not found:
-        raise ValueError(
-            "nothing to tune: no convolution of this model runs through resnet_triton; "
-            "`resnet-triton explain` says why, layer by layer"
-        )
-    total = sum(site.share for site in found.values())
-    return [replace(site, share=site.share / total) for site in found.values()]
-
-
-def merged(sites: Iterable[Site]) -> list[Site]:
-    """Sites of several batches and dtypes without repetitions, those with the largest share of their network first."""
-    found: dict[str, Site] = {}
-    for site in sites:
-        before = found.get(site.key)
-        if before:
-            layers = tuple(dict.fromkeys((*before.layers, *site.layers)))
-            site = replace(site, layers=layers, share=before.share + site.share)
-        found[site.key] = site
-    return sorted(found.values(), key=lambda site: -site.share)
-
-
 # The work on one, in a worker process
 
 
-def _payload(site: Site) -> dict[str, Any]:
-    return {
-        "shape": vars(site.shape),
-        "epilogue": vars(site.epilogue),
-        "dtype": str(site.dtype).removeprefix("torch."),
-        "precision": site.precision,
-    }
-
-
-def _problem(payload: dict[str, Any]) -> tuple[ConvShape, Epilogue, torch.dtype, str]:
-    shape, epilogue = ConvShape(**payload["shape"]), Epilogue(**payload["epilogue"])
-    return shape, epilogue, getattr(torch, payload["dtype"]), payload["precision"]
-
-
 def measure_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
-    """Handler of a row on the GPU: measures the candidates of one convolution."""
-    from .measure import ConvProblem, device_lost, fp32_precision
+    """Handler of a row on the GPU: measures the candidates of one site."""
+    from .measure import device_lost, fp32_precision
 
     payload = row["payload"]
-    shape, epilogue, dtype, precision = _problem(payload)
-    with torch.cuda.device(payload["device"]), fp32_precision(precision):
-        problem = ConvProblem(shape, epilogue, dtype, payload["device"])
+    site = site_of(payload)
+    with torch.cuda.device(payload["device"]), fp32_precision(site.precision):
+        problem = site.problem(payload["device"])
         result = measure_candidates(row, journal, problem.time, problem.validate, lost=device_lost)
         del problem  # and its graphs' memory
         torch.cuda.empty_cache()
@@ -178,24 +66,18 @@ def measure_candidates(
 ) -> dict[str, Any]:
     """The search of a row, with the timer and the check given; its ``entry``, and what became of the candidates."""
     payload = row["payload"]
-    shape, epilogue, dtype, precision = _problem(payload)
-    configs = [ConvConfig.from_dict(config) for config in payload["configs"]]
-    name = key_of(shape, epilogue, dtype, precision)
+    site = site_of(payload)
     trials = search(
-        shape,
-        epilogue,
-        dtype,
+        site.key,
         timer=timer,
         validate=validate,
-        candidates=configs,
-        unfit=functools.partial(_unfit, journal, name) if payload["compiled"] else None,
+        candidates=[ConvConfig.from_dict(config) for config in payload["configs"]],
+        unfit=functools.partial(_unfit, journal, site.name) if payload["compiled"] else None,
         journal=journal,
         lost=lost,
         limit_s=CANDIDATE_S,
-        prefix=PREFIX,
-        precision=precision,
     )
-    entry = entry_of(shape, epilogue, dtype, trials, precision)
+    entry = site.entry(trials)
     dropped = [f"{t.config.kernel} {t.config}: {t.reason}" for t in trials if t.status == "unfit"]
     outcome = {"outcome": dict(Counter(trial.status for trial in trials)), "dropped": dropped}
     if entry is None:
@@ -232,8 +114,7 @@ def compile_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
     payload = row["payload"]
     torch.set_num_threads(1)
     config = ConvConfig.from_dict(payload["config"])
-    problem = _problem(payload)
-    launches = codegen.conv_launches(*problem, config, payload["multiprocessors"], vectors=problem[2])
+    launches = site_of(payload).launches(config, payload["multiprocessors"])
     reason = codegen.misfit(launches, payload["sm"], payload["shared_memory"])
     return {"status": "unfit", "detail": reason} if reason else {}
 
@@ -243,17 +124,17 @@ def compile_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one convolution.
+    """What became of one site.
 
     Args:
-        site, entry: the convolution, and its entry if there is one.
+        site, entry: the convolution or chain, and its entry if there is one.
         detail: why there is none.
         outcome: counts candidates by status (see :class:`.tuner.Trial`).
         dropped: candidates that never ran, with the reason.
     """
 
-    site: Site
-    entry: Entry | None
+    site: AnySite
+    entry: AnyEntry | None
     detail: str
     outcome: dict[str, int]
     dropped: tuple[str, ...] = ()
@@ -274,7 +155,7 @@ class Report:
 
     file: Path
     results: tuple[Result, ...]
-    left: tuple[Site, ...]
+    left: tuple[AnySite, ...]
 
 
 def journal_of(file: Path) -> Journal:
@@ -285,7 +166,7 @@ def journal_of(file: Path) -> Journal:
 
 
 def tune(
-    sites: Sequence[Site],
+    sites: Sequence[AnySite],
     target: Target,
     folder: Path,
     *,
@@ -300,9 +181,9 @@ def tune(
     """Measures sites in their order and writes the tuned file of the target into a folder as it goes.
 
     Args:
-        sites: from :func:`merged`.
+        sites: from :func:`.sites.merged`.
         target: the GPU.
-        folder: for the tuned file and its journal; entries that the file has for other convolutions stay.
+        folder: for the tuned file and its journal; entries that the file has for other work stay.
         device: as torch names the GPU.
         minutes: stop after this time; None is when all is done.
         fresh: measure what the journal shows as finished, too.
@@ -349,18 +230,18 @@ def tune(
     return Report(file, results, tuple(site for site in sites if site.key not in watch.results))
 
 
-def _rows(sites: Sequence[Site], target: Target, device: str, compiled: bool) -> tuple[list[Row], list[Row]]:
+def _rows(sites: Sequence[AnySite], target: Target, device: str, compiled: bool) -> tuple[list[Row], list[Row]]:
     """The rows that measure, and those that compile."""
     measuring, compiling = [], []
     for site in sites:
         configs = site.candidates(target)
-        payload = _payload(site)
+        payload = site.payload()
         more = {"configs": [config.to_dict() for config in configs], "device": device, "compiled": compiled}
         limit = COMPILE_S + 2 * CANDIDATE_S * len(configs)
         measuring.append(Row(site.row_key, "tuner", "all candidates", limit, {**payload, **more}))
         gpu = {"sm": target.sm, "multiprocessors": target.multiprocessors, "shared_memory": target.shared_memory}
         for config in configs:
-            key = _compile_key(site.key.removeprefix(PREFIX), config)
+            key = _compile_key(site.name, config)
             work = {**payload, **gpu, "config": config.to_dict(), "of": site.row_key}
             compiling.append(Row(key, config.kernel, str(config), COMPILE_S, work))
     return measuring, compiling
@@ -371,7 +252,7 @@ class _Watch:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        sites: Sequence[AnySite],
         rows: Sequence[Row],
         journal: Journal,
         file: Path,
@@ -403,8 +284,8 @@ class _Watch:
         self.progress(Progress(done, len(self.keys), tuple(fresh)))
 
 
-def _result(site: Site, record: Record) -> Result:
-    entry = Entry.from_dict(record["entry"]) if record.get("entry") else None
+def _result(site: AnySite, record: Record) -> Result:
+    entry = site.read_entry(record["entry"]) if record.get("entry") else None
     dropped = tuple(record.get("dropped") or ())
     return Result(site, entry, str(record.get("detail") or ""), record.get("outcome") or {}, dropped)
 
@@ -419,13 +300,13 @@ def tune_now(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision
 
     Not while ``explain`` asks, while a CUDA graph is captured, or a second time.
     """
-    name = key_of(shape, epilogue, dtype, precision)
-    if Recorder.active or name in _tried or not _runs_on(target):
+    site = Site(shape, epilogue, dtype, precision)
+    if Recorder.active or site.name in _tried or not _runs_on(target):
         return False
-    _tried.add(name)
+    _tried.add(site.name)
     from .measure import ConvProblem, device_lost, fp32_precision
 
-    logger.warning("RESNET_TRITON_AUTOTUNE: measuring %s", name)
+    logger.warning("RESNET_TRITON_AUTOTUNE: measuring %s", site.name)
     try:
         file = tuning.cache_dir() / tuning.file_name(target.name)
         journal = journal_of(file)
@@ -433,23 +314,19 @@ def tune_now(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision
         with torch.no_grad(), fp32_precision(precision):
             problem = ConvProblem(shape, epilogue, dtype)
             trials = search(
-                shape,
-                epilogue,
-                dtype,
+                f"first call {site.name}",
                 timer=problem.time,
                 validate=problem.validate,
                 candidates=configs,
                 journal=journal,
                 lost=device_lost,
-                prefix="first call ",
-                precision=precision,
             )
-        entry = entry_of(shape, epilogue, dtype, trials, precision)
+        entry = site.entry(trials)
         if entry is None:
             raise ValueError(_why_none(trials))
         tuning.merge(file, target.name, [entry], target.sm)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        logger.warning("RESNET_TRITON_AUTOTUNE: %s stays unmeasured: %s", name, str(error).partition("\n")[0])
+        logger.warning("RESNET_TRITON_AUTOTUNE: %s stays unmeasured: %s", site.name, str(error).partition("\n")[0])
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Finds the fastest configuration of one convolution by measuring a few promising ones.
+"""Finds the fastest configuration of one convolution, or of one chain, by measuring a few promising ones.
 
 The space is pruned before anything runs: what the GPU's shared memory or a thread's registers cannot hold is left out,
 and the cost model orders the rest. What the compiler then says of a candidate (:mod:`.codegen`) may drop it too. Each
@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from . import cost, plan, tuning
+from . import chains, cost, plan, tuning
 from .devices import Target
 from .journal import Journal
-from .kernels.config import ConvConfig, Epilogue, least_waste_box, next_power_of_two, runs_on
-from .kernels.geometry import ConvShape
-from .tuning import Entry
+from .kernels.config import ROLLING_KERNELS, ConvConfig, Epilogue, least_waste_box, next_power_of_two, runs_on
+from .kernels.geometry import ChainShape, ConvShape
+from .tuning import ChainEntry, Entry
 
 logger = logging.getLogger("resnet_triton")
 
 ACCUMULATORS = 128  # fp32 values of the tile that a thread may hold before registers spill
 TILES = 6  # distinct tiles measured per convolution
-LIMIT = 12  # candidates per convolution
+LIMIT = 12  # candidates per convolution or chain
 
 
 @dataclass(frozen=True)
@@ -161,16 +161,46 @@ def _boxes(shape: ConvShape, bm: int) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys(boxes))
 
 
-def key_of(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str = "tf32") -> str:
-    """The name of one convolution in a journal."""
+def chain_candidates(shape: ChainShape, dtype: torch.dtype, target: Target, *, limit: int = LIMIT) -> list[ConvConfig]:
+    """The configurations of a chain worth measuring, the one that the plan would take first; empty without any kernel.
+
+    Args:
+        shape, dtype: of the chain.
+        target: where it will run (needs no GPU).
+        limit: how many at most.
+    """
+
+    def predicted(config: ConvConfig) -> float:
+        return cost.predict_chain(shape, config, dtype, "tf32", target).us
+
+    known = sorted(chains.configs_of(shape, dtype, target), key=predicted)
+    best = known[:1] + [c for c in known[1:] if c.kernel != known[0].kernel][:1]  # of each kernel
+    space = [c for config in best for c in _varied(config) if chains.fits(c, shape, dtype, target)]
+    return list(dict.fromkeys((*known, *sorted(space, key=predicted))))[:limit]
+
+
+def _varied(config: ConvConfig) -> list[ConvConfig]:
+    """Other chains than a known one: one stage more or less, narrower steps, strips half as long."""
+    found = [replace(config, stages=stages) for stages in (config.stages + 1, config.stages - 1) if stages > 1]
+    if config.bn > 16:
+        found.append(replace(config, bn=config.bn // 2))
+    if config.kernel in ROLLING_KERNELS:
+        tn, rows, tw = config.box
+        found.append(replace(config, box=(tn, -(-rows // 2), tw)))
+    return found
+
+
+def key_of(
+    shape: ConvShape | ChainShape, epilogue: Epilogue | None, dtype: torch.dtype, precision: str = "tf32"
+) -> str:
+    """The name of one convolution in a journal, or of a chain, which has no epilogue."""
     exact = " exact" if dtype == torch.float32 and precision == "ieee" else ""
-    return f"{shape} {str(dtype).removeprefix('torch.')}{exact} {epilogue}"
+    after = f" {epilogue}" if epilogue else ""
+    return f"{shape} {_name(dtype)}{exact}{after}"
 
 
 def search(
-    shape: ConvShape,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
+    name: str,
     *,
     timer: Callable[[ConvConfig], Timing],
     validate: Callable[[ConvConfig], str | None],
@@ -180,13 +210,11 @@ def search(
     lost: Callable[[], bool] | None = None,
     limit_s: float = 60.0,
     finalists: int = 2,
-    prefix: str = "",
-    precision: str = "tf32",
 ) -> list[Trial]:
     """Measures every candidate, then the fastest ones once more (their second time counts); fastest first.
 
     Args:
-        shape, epilogue, dtype: of the convolution; they name it in the journal.
+        name: of the convolution or chain in the journal, such as :func:`key_of` makes.
         timer: times a configuration.
         validate: None for a configuration that computes the right thing, else what is wrong; may raise.
         candidates: the configurations, most promising first.
@@ -196,13 +224,10 @@ def search(
         lost: after an exception, whether the device is unusable for this process.
         limit_s: how long a candidate may take, for whoever watches the journal.
         finalists: how many are measured twice.
-        prefix: put before the names in the journal.
-        precision: of fp32 products; it is part of the name in the journal.
 
     Raises:
         DeviceLost: ``lost`` says so. The candidate is noted as crashed.
     """
-    name = prefix + key_of(shape, epilogue, dtype, precision)
 
     def attempt(config: ConvConfig, suffix: str = "") -> Trial:
         key = f"{name} / {config.kernel} {config}{suffix}"
@@ -240,17 +265,21 @@ def entry_of(
     best = trials[0] if trials else None
     if best is None or best.timing is None:
         return None
-    name = str(dtype).removeprefix("torch.")
-    return Entry(
-        shape,
-        name,
-        epilogue.residual,
-        best.config,
-        best.timing.us,
-        best.timing.library_us,
-        precision if dtype == torch.float32 else "",
-        tuning.versions(),
-    )
+    us, library_us = best.timing.us, best.timing.library_us
+    exact = precision if dtype == torch.float32 else ""
+    return Entry(shape, _name(dtype), epilogue.residual, best.config, us, library_us, exact, tuning.versions())
+
+
+def chain_entry_of(shape: ChainShape, dtype: torch.dtype, trials: Sequence[Trial]) -> ChainEntry | None:
+    """The entry of a chain's best trial, or None if none is good."""
+    best = trials[0] if trials else None
+    if best is None or best.timing is None:
+        return None
+    return ChainEntry(shape, _name(dtype), best.config, best.timing.us, best.timing.library_us, tuning.versions())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _measure(

@@ -13,7 +13,7 @@ import torch
 from resnet_triton.journal import Journal
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ConvShape
-from resnet_triton.tuner import Timing, entry_of, search
+from resnet_triton.tuner import Timing, entry_of, key_of, search
 
 SHAPE, EPILOGUE, DTYPE = ConvShape(32, 14, 14, 256, 256, 3, 3, 1, 1), Epilogue(bn=True, relu=True), torch.bfloat16
 CONFIGS = [ConvConfig("conv_tma", (bm // 4, 2, 2), 128, 64, warps) for bm in (64, 128) for warps in (2, 4, 8)]
@@ -58,9 +58,8 @@ def tune(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
     def timer(config: ConvConfig) -> Timing:
         return Timing(float(10 - CONFIGS.index(config)), 20.0)
 
-    trials = search(
-        SHAPE, EPILOGUE, DTYPE, timer=timer, validate=validate, candidates=CONFIGS, journal=journal, limit_s=1.0
-    )
+    name = key_of(SHAPE, EPILOGUE, DTYPE)
+    trials = search(name, timer=timer, validate=validate, candidates=CONFIGS, journal=journal, limit_s=1.0)
     entry = entry_of(SHAPE, EPILOGUE, DTYPE, trials)
     assert entry is not None
     return {"entry": entry.to_dict()}

@@ -21,8 +21,9 @@ from resnet_triton.devices import target_of
 from resnet_triton.journal import Journal
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.sites import Site, merged, sites_of
 from resnet_triton.steps import Recorder
-from resnet_triton.tune import Report, Result, Site, merged, sites_of
+from resnet_triton.tune import Report, Result
 from resnet_triton.tuner import Timing
 from resnet_triton.tuning import Entry
 from tests import networks, tune_rows

@@ -11,8 +11,9 @@ from typing import Any
 from resnet_triton.devices import target_of
 from resnet_triton.journal import Journal
 from resnet_triton.kernels.config import ConvConfig
-from resnet_triton.tune import _problem, measure_candidates
-from resnet_triton.tuner import Timing, candidates
+from resnet_triton.sites import site_of
+from resnet_triton.tune import measure_candidates
+from resnet_triton.tuner import Timing
 
 #: Positions among the candidates of a convolution.
 UNFIT, KILLER, BEST = 1, 2, 4
@@ -28,7 +29,7 @@ def measure(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
     def validate(config: ConvConfig) -> str | None:
         with Path(os.environ["TUNE_LOG"]).open("a") as log:
             log.write(f"{os.getpid()} {config}\n")
-        filters = str(row["payload"]["shape"]["k"])
+        filters = str(row["payload"].get("shape", {}).get("k"))
         if configs.index(config) == KILLER and os.environ.get("TUNE_KILLER") == filters:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(os.environ.get("TUNE_NAP", 0)))
@@ -43,7 +44,6 @@ def measure(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
 
 def compile_ahead(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
     """One candidate spills."""
-    shape, epilogue, dtype, precision = _problem(row["payload"])
-    configs = candidates(shape, dtype, target_of("NVIDIA H200"), epilogue=epilogue, precision=precision)
+    configs = site_of(row["payload"]).candidates(target_of("NVIDIA H200"))
     position = configs.index(ConvConfig.from_dict(row["payload"]["config"]))
     return {"status": "unfit", "detail": "spills"} if position == UNFIT else {}

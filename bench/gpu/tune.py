@@ -125,16 +125,13 @@ def run_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
         return Timing(us, 2 * us, us, 0.0)
 
     trials = search(
-        shape,
-        epilogue,
-        dtype,
+        PREFIX + key_of(shape, epilogue, dtype),
         timer=invented if dry else problem.time,
         validate=problem.validate,
         candidates=configs,
         journal=journal,
         lost=None if dry else device_lost,
         limit_s=CANDIDATE_S,
-        prefix=PREFIX,
     )
     del problem  # and its graphs' memory
     if not dry:

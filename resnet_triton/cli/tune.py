@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from ..backend import dot_precision
 from ..convert import convert
 from ..devices import Target, known_devices, target_of
 from ..entries import PRECISIONS
+from ..sites import AnySite, ChainSite, merged, sites_of
 from ..sources import load_model
-from ..tune import Progress, Report, Result, Site, merged, sites_of, tune
+from ..tune import Progress, Report, Result, tune
 from .common import DTYPES, channels_of, height_and_width, minutes, model_arguments, positive, size_arguments, table
 
-HELP = "measure the fastest configuration of every convolution of a model on this GPU, and keep it"
+HELP = "measure the fastest configuration of every convolution and chain of a model on this GPU, and keep it"
 EXAMPLE = "resnet-triton tune --model resnet50 --batch 1 32 256 --dtype bf16 --minutes 20"
 PLANNED = "NVIDIA H200"  # what a dry run plans for where there is no GPU
 
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise NotADirectoryError(f"--output {args.output!r} is not a folder")
     model = convert(load_model(args.model, weights=args.weights), inplace=True)
     size = (args.channels or channels_of(model), *height_and_width(args.size))
-    sites: list[Site] = []
+    sites: list[AnySite] = []
     for dtype in dict.fromkeys(DTYPES[name] for name in args.dtype):
         precision = args.precision or dot_precision(dtype)
         for batch in dict.fromkeys(args.batch):
@@ -104,43 +107,63 @@ def _device(args: argparse.Namespace) -> tuple[str, Target]:
 # What is printed
 
 
-def _layers(site: Site) -> str:
+def _layers(site: AnySite) -> str:
     more = f" and {len(site.layers) - 1} more" if len(site.layers) > 1 else ""
     return f"{site.layers[0]}{more}"
 
 
-def _dtype(site: Site) -> str:
+def _dtype(site: AnySite) -> str:
     name = next(name for name, dtype in DTYPES.items() if dtype == site.dtype)
     return f"{name} {site.precision}" if site.dtype == torch.float32 else name
 
 
-def _site(site: Site) -> dict[str, Any]:
-    found: dict[str, Any] = {"layers": list(site.layers), "shape": vars(site.shape), "epilogue": str(site.epilogue)}
+def _columns(site: AnySite) -> tuple[str, ...]:
+    """Layers, shape, epilogue and dtype."""
+    return _layers(site), str(site.shape), "chain" if isinstance(site, ChainSite) else str(site.epilogue), _dtype(site)
+
+
+def _site(site: AnySite) -> dict[str, Any]:
+    found: dict[str, Any] = {"layers": list(site.layers), "shape": asdict(site.shape)}
     found |= {"dtype": str(site.dtype).removeprefix("torch."), "share": round(site.share, 4)}
+    if isinstance(site, ChainSite):
+        return found | {"gain": round(site.gain, 4)}
+    found["epilogue"] = str(site.epilogue)
     return found | ({"precision": site.precision} if site.dtype == torch.float32 else {})
 
 
-def _list(args: argparse.Namespace, sites: list[Site], target: Target, folder: Path) -> int:
+def _sorted(sites: Iterable[AnySite], rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of convolutions, and those of chains."""
+    found: dict[str, list[dict[str, Any]]] = {"convolutions": [], "chains": []}
+    for site, row in zip(sites, rows, strict=True):
+        found["chains" if isinstance(site, ChainSite) else "convolutions"].append(row)
+    return found
+
+
+def _counted(sites: Sequence[AnySite]) -> str:
+    chains = sum(isinstance(site, ChainSite) for site in sites)
+    return f"{len(sites) - chains} convolutions" + (f" and {chains} chains" if chains else "")
+
+
+def _list(args: argparse.Namespace, sites: list[AnySite], target: Target, folder: Path) -> int:
     """What would be measured, most valuable first."""
     file = folder / tuning.file_name(target.name)
     rows, lines = [], []
     for site in sites:
         count, ours, theirs = len(site.candidates(target)), site.ours_us(target), site.library_us(target)
-        known = tuning.lookup(target.name, site.shape, site.dtype, site.epilogue.residual, site.precision)
-        measured = known.us if known and known.shape == site.shape else None
+        known = site.measured(target)
+        measured = known.us if known else None
         row = {**_site(site), "candidates": count, "predicted_us": ours, "predicted_library_us": theirs}
         rows.append({**row, "measured_us": measured})
         before = "not measured" if measured is None else f"{measured:.1f}"
-        lines.append((_layers(site), str(site.shape), str(site.epilogue), _dtype(site), f"{site.share:.1%}", str(count),
-                      f"{ours:.1f}", f"{theirs:.1f}", before))  # fmt: skip
+        lines.append((*_columns(site), f"{site.share:.1%}", str(count), f"{ours:.1f}", f"{theirs:.1f}", before))
     if args.json:
-        print(json.dumps({"device": target.name, "file": str(file), "convolutions": rows}, indent=1))
+        print(json.dumps({"device": target.name, "file": str(file), **_sorted(sites, rows)}, indent=1))
         return 0
     head = ("layers", "shape", "epilogue", "dtype", "share", "candidates", "predicted us", "cudnn predicted us",
             "measured us")  # fmt: skip
     print(table(head, lines))
     total = sum(row["candidates"] for row in rows)
-    print(f"{len(rows)} convolutions, {total} candidates on {target.name}; the result would go to {file}")
+    print(f"{_counted(sites)}, {total} candidates on {target.name}; the result would go to {file}")
     return 0
 
 
@@ -153,10 +176,10 @@ def _print(args: argparse.Namespace, report: Report, target: Target) -> None:
         if entry:
             row |= {"us": entry.us, "library_us": entry.library_us, "config": entry.config.to_dict()}
         rows.append(row)
-        lines.append((_layers(site), str(site.shape), str(site.epilogue), _dtype(site), *_outcome(result)))
-    left = [_site(site) for site in report.left]
+        lines.append((*_columns(site), *_outcome(result)))
+    sites, left = [result.site for result in report.results], [_site(site) for site in report.left]
     if args.json:
-        found = {"device": target.name, "file": str(report.file), "convolutions": rows, "left": left}
+        found = {"device": target.name, "file": str(report.file), **_sorted(sites, rows), "left": left}
         print(json.dumps(found, indent=1))
         return
     head = ("layers", "shape", "epilogue", "dtype", "ours us", "cudnn us", "speedup", "config", "candidates")
@@ -167,7 +190,7 @@ def _print(args: argparse.Namespace, report: Report, target: Target) -> None:
     dropped = sum(len(result.dropped) for result in report.results)
     if dropped:
         print(f"{dropped} candidates were dropped before they ran, because they spill or do not fit; --json lists them")
-    print(f"{len(rows)} of {len(rows) + len(left)} convolutions measured on {target.name}: {report.file}")
+    print(f"{len(rows)} of {_counted([*sites, *report.left])} measured on {target.name}: {report.file}")
     if left:
         print(f"{len(left)} are left: the same command goes on where this one stopped")
 
@@ -183,7 +206,7 @@ def _outcome(result: Result) -> tuple[str, ...]:
 
 
 class _Bar:
-    """Progress on stderr: a bar on a terminal, a line for each finished convolution elsewhere, nothing with --json."""
+    """Progress on stderr: a bar on a terminal, a line for each finished row elsewhere, nothing with --json."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from tqdm import tqdm

@@ -55,12 +55,12 @@ def test_validation_accepts_right_and_refuses_wrong(monkeypatch) -> None:
     assert problem.validate(config) is None
     run = problem.run_ours
 
-    def one_element_off(config: ConvConfig, i: int = 0) -> torch.Tensor:
-        out = run(config, i)
-        out[0, 7, 7, 15] += 0.5
-        return out
+    def one_element_off(config: ConvConfig, i: int = 0) -> tuple[torch.Tensor, ...]:
+        outs = run(config, i)
+        outs[0][0, 7, 7, 15] += 0.5
+        return outs
 
     monkeypatch.setattr(problem, "run_ours", one_element_off)
     assert "error" in (problem.validate(config) or "")
-    monkeypatch.setattr(problem, "run_ours", lambda config: problem.ys[0])  # writes nothing: NaN
+    monkeypatch.setattr(problem, "run_ours", lambda config: problem.outputs())  # writes nothing: NaN
     assert "error nan" in (problem.validate(config) or "")
