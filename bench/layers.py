@@ -188,15 +188,15 @@ def one_pass_layer(batch: int) -> Layer:
 
 
 def tail_layer(name: str, tail: Tail, pool: bool = False) -> Layer:
-    """The end of a bottleneck from its 3x3 to the next block's first convolution; or its last convolution and the
-    average over the image."""
+    """The end of a bottleneck up to the next block's first convolution; or its last convolution and the average over
+    the image."""
     tail = replace(tail, conv=None, epilogues=(tail.epilogues[0], None, *tail.epilogues[2:])) if pool else tail
-    names, first = list(tail.sites()), tail.conv or tail.last
+    names, first = list(tail.sites()), tail.first or tail.conv or tail.last
     shortcut = (tail.last.n, tail.last.k, tail.last.p, tail.last.q)
     if tail.project is not None:
         shortcut = (tail.project.n, tail.project.c, tail.project.h, tail.project.w)
-    shapes: list[tuple[int, ...]] = [(first.n, first.c, first.h, first.w), shortcut]
-    weights = []
+    shapes: list[tuple[int, ...]] = [(first.n, first.c, first.h, first.w), *([] if tail.first else [shortcut])]
+    inputs, weights = len(shapes), []
     for conv, _ in tail.sites().values():
         weights.append(len(shapes))
         shapes += [(conv.k, conv.c, conv.r, conv.s), *[(conv.k,)] * 4]
@@ -209,12 +209,12 @@ def tail_layer(name: str, tail: Tail, pool: bool = False) -> Layer:
             found[unit] = ConvBN(weight, None, gamma, beta, mean, var, EPS, *places)
         return found
 
-    def step(block_tail: Callable[..., tuple[Tensor, Tensor | None]]) -> Step:
-        def run(t: Tensor, shortcut: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-            found = units(rest)
-            convs = [found[unit] for unit in ("conv", "last") if unit in found]
+    def step(block: Callable[..., tuple[Tensor, Tensor | None]]) -> Step:
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            found = units(tensors[inputs:])
+            convs = [found[unit] for unit in ("first", "conv", "last") if unit in found]
             others = {"downsample": found.get("project"), "next": found.get("reduce")}
-            y, after = block_tail(t, shortcut, *convs, **others, subsample=tail.subsample, pool=pool)
+            y, after = block(*tensors[:inputs], *convs, **others, subsample=tail.subsample, pool=pool)
             return (y,) if after is None else (y, after)
 
         return run
@@ -223,9 +223,10 @@ def tail_layer(name: str, tail: Tail, pool: bool = False) -> Layer:
         return tail_layer(name, dict(bottleneck_tails(50, batch, 224))[name], pool)
 
     whole = chains.chain_shape(tail, frozenset(names) - {"last"})
-    title = f"{name}.conv3 and average {tail.last} {BN_ADD_RELU}" if pool else f"{name} from conv2 {whole}"
+    title = f"{name}.conv3 and average {tail.last} {BN_ADD_RELU}" if pool else f"{name} to the next conv1 {whole}"
     macs = sum(conv.macs for conv, _ in tail.sites().values())
-    ours, eager = step(functional.block_tail), step(reference.block_tail)
+    ours = step(functional.block_and_next if tail.first else functional.block_tail)
+    eager = step(reference.block_and_next if tail.first else reference.block_tail)
     return Layer(title, tuple(shapes), ours, eager, tail.last.n, macs, tuple(weights), remake=remake)
 
 

@@ -124,8 +124,8 @@ def _limits() -> list[str]:
         "*Roofline*: the time that a step needs at least, by its bytes at the full bandwidth or its products at the",
         "full matrix rate, as a share of its predicted time (of its measured time, where there is one). *Then*: the",
         "resource that takes longest after the limiting one, in us. *hbm*: device memory; *l2*: loads through the L2",
-        "cache; *shared*: shared memory; *tensor*: the tensor cores; *issue*: instructions. Measured times are those of",
-        "the tuned files in `resnet_triton/tuned`.",
+        "cache; *shared*: shared memory; *tensor*: the tensor cores; *issue*: instructions. Measured times are those",
+        "of the tuned files in `resnet_triton/tuned`.",
     ]
     for network in bounds():
         lines += ["", f"### {network.title}", "", network.text(), "", *markdown(network.limits())]

@@ -128,7 +128,9 @@ def _chains(kernels: _Kernels, batch: int) -> Iterator[tuple[str, ChainShape]]:
     """For each block of ResNet-50: the longest chain that there is, and the one that the plan chooses."""
     if chains.refusal_of_chains(kernels.target, kernels.dtype, kernels.precision):
         return
-    for name, tail in bottleneck_tails(50, batch, SIZE):
+    tails = list(bottleneck_tails(50, batch, SIZE))
+    behind = [(name, replace(tail, first=None, first_epilogue=None)) for name, tail in tails if tail.first]
+    for name, tail in (*tails, *behind):
         ways = (shape for _, shape in chains.ways(tail) if chains.configs_of(shape, kernels.dtype, kernels.target))
         longest = next(ways, None)
         if longest:

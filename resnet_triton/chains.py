@@ -271,13 +271,17 @@ def fits(config: ConvConfig, shape: ChainShape, dtype: torch.dtype, target: Targ
 
 
 def bottleneck_tails(depth: int, batch: int, size: int) -> Iterator[tuple[str, Tail]]:
-    """What follows each bottleneck's first convolution, up to the next one's, where nobody else reads its output."""
+    """Each bottleneck up to the next one's first convolution, where nobody else reads its output.
+
+    The first bottleneck begins with its own first convolution; the others find it computed by the block before.
+    """
     blocks: dict[str, dict[str, ConvSite]] = {}
     for site in resnet_convs(depth, batch, size):
         path = site.name.split(".")
         blocks.setdefault(".".join(path[:2]), {})[path[2]] = site
     following: list[dict[str, ConvSite]] = [*list(blocks.values())[1:], {}]
     step = 1  # at which the block before stored its output
+    first: ConvSite | None = next(iter(blocks.values()))["conv1"]
     for (name, block), after in zip(blocks.items(), following, strict=True):
         last, conv, project, reduce = block["conv3"], block["conv2"], block.get("downsample"), after.get("conv1")
         if project and step > 1:  # it reads every pixel that was stored
@@ -298,8 +302,11 @@ def bottleneck_tails(depth: int, batch: int, size: int) -> Iterator[tuple[str, T
                     reduce.epilogue if reduce else None,
                 ),
                 step,
+                first.shape if first else None,
+                first.epilogue if first else None,
             ),
         )
+        first = None
 
 
 plan.CLEARED += [choose_chain.cache_clear, choose_pooled.cache_clear]

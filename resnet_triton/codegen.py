@@ -307,7 +307,8 @@ def chain_launches(
         gamma, beta, mean, var = (meta(conv.k, of=vectors) for _ in range(4))
         return Unit(meta(conv.k, conv.r, conv.s, conv.c), Operands(None, None, gamma, beta, mean, var, 1e-5))
 
-    units = ChainUnits(**{name: unit(conv) for name, conv in shape.named.items()})
+    present: dict[str, Any] = {name: unit(conv) for name, conv in shape.named.items()}
+    units = ChainUnits(**{"conv": None, **present})
     t, y, after = meta(*shape.source), meta(*shape.stored), shape.reduce
     shortcut = t if shape.first else meta(*shape.shortcut)
     t_next = meta(after.n, after.p, after.q, after.k) if after else None

@@ -316,10 +316,9 @@ class ChainProblem(Problem):
         from .kernels.chain import ChainUnits, Unit, launch_chain
         from .kernels.epilogue import Operands
 
-        units = {
-            name: Unit(ws[i], Operands(None, None, gamma, beta, mean, var, 1e-5))
-            for name, (_, ws, (gamma, beta, mean, var)) in self.units.items()
-        }
+        units: dict[str, Any] = {"conv": None}
+        for name, (_, ws, (gamma, beta, mean, var)) in self.units.items():
+            units[name] = Unit(ws[i], Operands(None, None, gamma, beta, mean, var, 1e-5))
         y, t_next = self.ys[i], self.nexts[i] if self.nexts else None
         precision = backend.dot_precision(self.dtype)
         launch_chain(self.ts[i], self.shortcuts[i], y, t_next, ChainUnits(**units), self.shape, config, precision)

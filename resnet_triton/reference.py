@@ -79,6 +79,13 @@ def block_tail(
     return y.mean((2, 3), keepdim=True) if pool else y[:, :, ::subsample, ::subsample], after
 
 
+def block_and_next(x: Tensor, conv1: Sequence[Any], *rest: Sequence[Any], **then: Any) -> tuple[Tensor, Tensor | None]:
+    """A block from its first convolution on; arguments and result as of :func:`.functional.block_and_next`."""
+    weight, bias, gamma, beta, mean, var, eps, *places = conv1
+    t = conv_bn_act(x, weight, bias, gamma, beta, mean, var, None, eps, True, *places)
+    return block_tail(t, x, *rest, **then)
+
+
 def stem(
     x: Tensor,
     weight: Tensor,

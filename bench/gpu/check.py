@@ -107,6 +107,8 @@ def dry_rows() -> list[Row]:
     for kernel in CHAIN_KERNELS:
         chain, config = _small_chain(target, kernel, 2, 6, 7)
         found.append(_block("small", chain, "float16", kernel, config)[0])
+    _, tail = next(bottleneck_tails(50, 2, 32))
+    found += _chained(target, "resnet50.layer1.0 of 32x32", tail, "float16")
     last = ConvShape(2, 4, 4, 16, 32)
     found.append(_block("small", ChainShape(None, last), "float16", "conv1x1_pool", pool=True)[0])
     shape = ConvShape(1, 8, 8, 16, 16, 3, 3, 1, 1)
@@ -125,8 +127,10 @@ def sanitizer_rows(target: Target) -> list[Row]:
     rolling = rolling_config(small[0].shape, target.multiprocessors)
     found.append(_conv(small[0], "bfloat16", rolling, True)[0])
     for kernel in CHAIN_KERNELS:
-        shape, config = _small_chain(target, kernel, 2, 15, 13)
-        found.append(_block("small", shape, "bfloat16", kernel, config)[0])
+        chain, config = _small_chain(target, kernel, 2, 15, 13)
+        found.append(_block("small", chain, "bfloat16", kernel, config)[0])
+    _, tail = next(bottleneck_tails(50, 2, 32))
+    found += _chained(target, "resnet50.layer1.0 of 32x32", tail, "bfloat16")
     found += [row for row, _ in _averages(target, BATCH, "bfloat16")]  # two images are planned apart
     found += _op_rows(target, "bfloat16", 2, 32, 64)
     alone = ConvSite("one image", ConvShape(1, 7, 7, 512, 512, 3, 3, 1, 1), BN_RELU)
@@ -191,6 +195,14 @@ def _tail(target: Target, name: str, tail: Tail, dtype: str, zero_last: bool = F
     yield row, jobs
 
 
+def _chained(target: Target, name: str, tail: Tail, dtype: str) -> Iterator[Row]:
+    """A block's end as one chain, however it is planned."""
+    whole = chains.chain_shape(tail, frozenset(name for name in OTHERS if getattr(tail, name)))
+    if whole is not None:
+        for config in chains.configs_of(whole, torch_dtype(dtype), target)[:1]:
+            yield _block(name, whole, dtype, config.kernel, config)[0]
+
+
 def _blocks(target: Target, batch: int, dtype: str) -> Iterator[Work]:
     """Every distinct end of ResNet-50's bottlenecks that is planned as a chain, and the last one with the average."""
     distinct: dict[Tail, str] = {}
@@ -198,9 +210,10 @@ def _blocks(target: Target, batch: int, dtype: str) -> Iterator[Work]:
         distinct.setdefault(tail, name)
     for tail, name in distinct.items():
         yield from _tail(target, f"resnet50.{name}", tail, dtype)
-    projected = next((item for item in distinct.items() if item[0].project), None)
-    if projected:
-        yield from _tail(target, f"resnet50.{projected[1]}", projected[0], dtype, zero_last=True)
+    tail, name = next(iter(distinct.items()))  # with a projection
+    yield from _tail(target, f"resnet50.{name}", tail, dtype, zero_last=True)
+    behind = replace(tail, first=None, first_epilogue=None)
+    yield from _tail(target, f"resnet50.{name} behind conv1", behind, dtype)
     yield from _averages(target, batch, dtype)
 
 

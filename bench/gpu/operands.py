@@ -170,15 +170,16 @@ class Block:
         def pixels(n: int, h: int, w: int, c: int) -> Tensor:
             return image(n, c, h, w, kind, device)
 
-        self.t, self.shortcut = pixels(*s.source), pixels(*s.shortcut)
-        units = {name: unit(getattr(s, name)) for name in ("conv", "expand", "project", "reduce")}
+        self.t = pixels(*s.source)
+        self.shortcut = self.t if s.first else pixels(*s.shortcut)
+        units = {name: unit(getattr(s, name)) for name in ("first", "conv", "expand", "project", "reduce")}
         if zero_last and units["expand"] is not None and units["expand"].gamma is not None:
             units["expand"].gamma.zero_()
         self.units = {name: each for name, each in units.items() if each is not None}
 
     def planned(self) -> list[Tensor]:
         """Through the public function: y, and what follows."""
-        return self._through(functional.block_tail, lambda t: t)
+        return self._through(functional, lambda t: t)
 
     def launched(self, config: ConvConfig) -> list[Tensor]:
         """By an explicit configuration, into NaN."""
@@ -192,11 +193,10 @@ class Block:
             name: Unit(unit.weight.permute(0, 2, 3, 1), Operands(None, *unit.vectors, eps=EPS, relu=name != "project"))
             for name, unit in self.units.items()
         }
-        parts = ChainUnits(units.get("conv"), units["expand"], units.get("project"), units.get("reduce"))
-        launch_chain(
-            t, self.shortcut.permute(0, 2, 3, 1), outs[0], outs[1] if len(outs) > 1 else None, parts, s, config,
-            dot_precision(t.dtype),
-        )  # fmt: skip
+        shortcut = t if s.first else self.shortcut.permute(0, 2, 3, 1)
+        after = outs[1] if len(outs) > 1 else None
+        parts: dict[str, Any] = {"conv": None, **units}
+        launch_chain(t, shortcut, outs[0], after, ChainUnits(**parts), s, config, dot_precision(t.dtype))
         return [out.permute(0, 3, 1, 2) for out in outs]
 
     def ours(self, config: dict | None) -> list[Tensor]:
@@ -205,22 +205,23 @@ class Block:
 
     def eager(self) -> list[Tensor]:
         """By PyTorch in the same dtype, operator by operator."""
-        return self._through(reference.block_tail, lambda t: t)
+        return self._through(reference, lambda t: t)
 
     def exact(self) -> list[Tensor]:
         """In fp64, nothing between the convolutions rounded."""
-        return self._through(reference.block_tail, wide)
+        return self._through(reference, wide)
 
-    def _through(self, block_tail: Callable[..., Any], cast: Callable[[Any], Any]) -> list[Tensor]:
+    def _through(self, module: Any, cast: Callable[[Any], Any]) -> list[Tensor]:
         units = {
             name: unit._replace(**{field: cast(getattr(unit, field)) for field in UNIT})
             for name, unit in self.units.items()
         }
-        convs = [units[name] for name in ("conv", "expand") if name in units]
-        y, after = block_tail(
-            cast(self.t), cast(self.shortcut), *convs, downsample=units.get("project"), next=units.get("reduce"),
-            subsample=self.shape.subsample, pool=self.pool,
-        )  # fmt: skip
+        convs = [units[name] for name in ("first", "conv", "expand") if name in units]
+        then = {"downsample": units.get("project"), "next": units.get("reduce"), "pool": self.pool}
+        run, inputs = module.block_tail, [cast(self.t), cast(self.shortcut)]
+        if self.shape.first:
+            run, inputs = module.block_and_next, inputs[:1]
+        y, after = run(*inputs, *convs, subsample=self.shape.subsample, **then)
         return [y] if after is None else [y, after]
 
 

@@ -38,10 +38,11 @@ def test_program(case: codegen.Case) -> None:
 
 def test_tails_hold_every_convolution_once() -> None:
     tails = dict(chains.bottleneck_tails(50, 2, 224))
-    first, *others = resnet_convs(50, 2)
-    parts = [conv for tail in tails.values() for conv in (tail.last, tail.conv, tail.project, tail.reduce) if conv]
-    assert len(parts) == len(others) and sum(conv.macs for conv in parts) == sum(site.shape.macs for site in others)
-    assert first.name == "layer1.0.conv1" and tails["layer1.0"].subsample == 1
+    sites = list(resnet_convs(50, 2))
+    parts = [conv for tail in tails.values() for conv, _ in tail.sites().values()]
+    assert len(parts) == len(sites) and sum(conv.macs for conv in parts) == sum(site.shape.macs for site in sites)
+    assert tails["layer1.0"].first == sites[0].shape and tails["layer1.0"].subsample == 1
+    assert not any(tail.first for name, tail in tails.items() if name != "layer1.0")
     end, start = tails["layer1.2"], tails["layer2.0"]
     assert end.subsample == 2 and end.reduce == ConvShape(2, 56, 56, 256, 128)
     assert start.project == ConvShape(2, 28, 28, 256, 512) and start.conv and start.conv.stride == 2
