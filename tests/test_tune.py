@@ -18,14 +18,15 @@ import torch
 from resnet_triton import cli, convert, measure, plan, tune, tuning
 from resnet_triton.cli import tune as command
 from resnet_triton.devices import target_of
+from resnet_triton.entries import chain_shape_of
 from resnet_triton.journal import Journal
 from resnet_triton.kernels.config import ConvConfig, Epilogue
-from resnet_triton.kernels.geometry import ConvShape
-from resnet_triton.sites import Site, merged, sites_of
+from resnet_triton.kernels.geometry import ChainShape, ConvShape
+from resnet_triton.sites import AnySite, ChainSite, Site, merged, sites_of
 from resnet_triton.steps import Recorder
 from resnet_triton.tune import Report, Result
 from resnet_triton.tuner import Timing
-from resnet_triton.tuning import Entry
+from resnet_triton.tuning import ChainEntry, Entry
 from tests import networks, tune_rows
 
 H200 = target_of("NVIDIA H200")
@@ -35,6 +36,10 @@ SITES = [
     ),
     Site(ConvShape(32, 14, 14, 256, 1024), Epilogue(True, False, True, True), torch.bfloat16, "tf32", ("b",), 0.4),
 ]
+CHAIN = ChainSite(
+    ChainShape(ConvShape(32, 28, 28, 128, 128, 3, 3, 1, 1), ConvShape(32, 28, 28, 128, 512)),
+    torch.bfloat16, ("layer2.1.conv3", "layer2.2.conv3"), 0.2, 0.1,
+)  # fmt: skip
 HANDLER, COMPILER = "tests.tune_rows:measure", "tests.tune_rows:compile_ahead"
 run_tune = functools.partial(tune.tune, SITES, H200, handler=HANDLER, compiler=None)
 
@@ -56,7 +61,7 @@ def runs(folder: Path) -> list[str]:
     return [line.partition(" ")[2] for line in (folder.parent / "log").read_text().splitlines()]
 
 
-def names(site: Site) -> list[str]:
+def names(site: AnySite) -> list[str]:
     return [str(config) for config in site.candidates(H200)]
 
 
@@ -131,6 +136,21 @@ def test_the_planted_best_is_found_beside_a_killer(folder: Path, monkeypatch: py
     before = runs(folder)
     assert run_tune(folder) == report
     assert runs(folder) == before and len(tuning.load(file)) == 2
+
+
+def test_a_chain_is_tuned_like_a_convolution(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = [SITES[1], CHAIN]
+    report = tune.tune(sites, H200, folder, handler=HANDLER, compiler=None)
+    conv, chain = (result.entry for result in report.results)
+    assert isinstance(conv, Entry) and isinstance(chain, ChainEntry)
+    found = CHAIN.candidates(H200)
+    assert (chain.shape, chain.config, chain.us) == (CHAIN.shape, found[tune_rows.BEST], 5.0)
+    assert report.results[1].outcome == {"ok": len(found)}
+    assert tuning.load(report.file) == [conv, chain]
+    monkeypatch.setenv("RESNET_TRITON_CONFIG_DIR", str(folder))
+    plan.forget()
+    assert CHAIN.measured(H200) == chain and SITES[1].measured(H200) == conv
+    assert tune.tune(sites, H200, folder, handler=HANDLER, compiler=None) == report, "the journal knows both"
 
 
 def test_a_killed_call_is_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +266,25 @@ def test_a_dry_run_lists_a_torchvision_model(capsys: pytest.CaptureFixture[str],
     assert "14 convolutions" in out and "layer1.0.conv1 and 1 more" in out and out.count("not measured") == 14
 
 
+def test_a_dry_run_lists_chains_behind_the_convolutions(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    arguments = ["tune", "--model", "resnet50", "--batch", "32", "--size", "64", "--device", "NVIDIA H200", "--dry-run"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    chains = found["chains"]
+    assert chains and all(row["candidates"] > 0 and row["predicted_us"] > 0 for row in chains)
+    assert [row["gain"] for row in chains] == sorted((row["gain"] for row in chains), reverse=True)
+    assert all("epilogue" in row for row in found["convolutions"])
+    config = ConvConfig("conv_chain", (1, 8, 8), 64, 64)
+    entry = ChainEntry(chain_shape_of(chains[0]["shape"]), "bfloat16", config, 7.5, 9.0)
+    tuning.merge(tuning.cache_dir() / "NVIDIA_H200.json", "NVIDIA H200", [entry])
+    plan.forget()
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].startswith(f"{len(found['convolutions'])} convolutions and {len(chains)} chains, ")
+    (line,) = [line for line in out if line.endswith(" 7.5")]
+    assert f"{entry.shape}" in line and " chain " in line
+
+
 def test_a_dry_run_shows_what_is_measured(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     shape = ConvShape(1, 16, 16, 64, 64, 3, 3, 1, 1)
     entry = Entry(shape, "bfloat16", True, ConvConfig("conv_tma", (1, 8, 8), 64, 64), 1.5, 2.0)
@@ -287,6 +326,7 @@ def planted_report(folder: Path) -> Report:
     results = (
         Result(SITES[0], good, "", {"ok": 11, "unfit": 1}, ("conv_tma x: spills",)),
         Result(SITES[1], None, "none of 12 works", {"error": 12}),
+        Result(CHAIN, ChainEntry(CHAIN.shape, "bfloat16", CHAIN.candidates(H200)[0], 20.0, 50.0), "", {"ok": 7}),
     )
     return Report(folder / "NVIDIA_H200.json", results, (SITES[1],))
 
@@ -312,12 +352,16 @@ def test_what_the_command_prints(
         found = json.loads(printed.out)
         assert not printed.err
         assert [row.get("us") for row in found["convolutions"]] == [10.0, None] and len(found["left"]) == 1
+        (chain,) = found["chains"]
+        assert (chain["us"], chain["library_us"], chain["gain"]) == (20.0, 50.0, 0.1)
+        assert chain["shape"]["conv"]["c"] == 128 and chain["shape"]["reduce"] is None
         assert found["convolutions"][0]["config"]["kernel"] == "conv_tma"
         assert found["convolutions"][0]["dropped"] == ["conv_tma x: spills"]
     else:
         assert "10.0" in printed.out and "1.50x" in printed.out and "11 ok, 1 unfit" in printed.out
         assert "1 candidates were dropped before they ran" in printed.out
-        assert "2 of 3 convolutions measured on NVIDIA H200" in printed.out and "1 are left" in printed.out
+        assert "3 of 3 convolutions and 1 chains measured on NVIDIA H200" in printed.out
+        assert "1 are left" in printed.out and "2.50x" in printed.out and "layer2.1.conv3 and 1 more" in printed.out
         assert "none of 12 works" in printed.err and "10.0 us, cudnn 15.0 us, 1.50x" in printed.err
 
 

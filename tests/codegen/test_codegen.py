@@ -17,9 +17,10 @@ import triton
 
 from resnet_triton import aot, chains, codegen, golden, plan, tune, tuning
 from resnet_triton.kernels.config import ConvConfig, Epilogue
-from resnet_triton.kernels.geometry import ConvShape
+from resnet_triton.kernels.geometry import ChainShape, ConvShape
 from resnet_triton.shapes import resnet_convs
-from resnet_triton.tuning import Entry
+from resnet_triton.sites import ChainSite
+from resnet_triton.tuning import ChainEntry, Entry
 
 GOLDEN = json.loads(golden.GOLDEN.read_text())
 REGENERATE = golden.ACCEPT
@@ -128,7 +129,12 @@ def test_shipped_tuned_configurations_are_cases(tmp_path: Path, monkeypatch: pyt
     """Those of the architecture; the user's own tuned files change nothing."""
     config = ConvConfig("conv_tma", (2, 8, 8), 256, 64, 8, 2)
     shape = ConvShape(32, 28, 28, 128, 256, 3, 3, 1, 1)
-    entries = [Entry(shape, "bfloat16", False, config, 1.0, 2.0)]
+    chain = ChainShape(None, ConvShape(32, 28, 28, 128, 512), subsample=2)
+    chained = ConvConfig("conv_chain", (2, 8, 8), 32, 64, 8, 2)
+    entries = [
+        Entry(shape, "bfloat16", False, config, 1.0, 2.0),
+        ChainEntry(chain, "bfloat16", chained, 1.0, 2.0),
+    ]
     tuning.save(tmp_path / "NVIDIA_H200.json", "NVIDIA H200", entries)
     monkeypatch.setenv("RESNET_TRITON_CONFIG_DIR", str(tmp_path))
     plan.forget()
@@ -136,7 +142,10 @@ def test_shipped_tuned_configurations_are_cases(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tuning, "shipped_dir", lambda: tmp_path)
     plan.forget()
     new = [case for case in aot.cases(90) if case.name not in CASES]
-    assert [(case.config, case.uses[0].label) for case in new] == [(config, f"NVIDIA H200 {shape}")]
+    assert [(case.config, case.uses[0].label) for case in new] == [
+        (config, f"NVIDIA H200 {shape}"),
+        (chained, f"NVIDIA H200 {chain}"),
+    ]
     assert {case.name for case in aot.cases(80)} == {name for name in CASES if name.startswith("sm80")}
     plan.forget()
 
@@ -151,6 +160,11 @@ def test_misfits_are_found_without_a_gpu() -> None:
         row = {"payload": {**work, **gpu, "config": config.to_dict()}}
         return tune.compile_row(row, None).get("detail")
 
+    chain = ChainSite(ChainShape(None, ConvShape(32, 14, 14, 64, 256)), torch.bfloat16)
+    gpu = {"sm": 90, "multiprocessors": 132, "shared_memory": 1000}
+    config = ConvConfig("conv_chain", (1, 8, 8), 64, 64, 4, 2)
+    row = {"payload": {**chain.payload(), **gpu, "config": config.to_dict()}}
+    assert "shared memory, the limit is 1000" in tune.compile_row(row, None)["detail"]
     good = ConvConfig("conv1x1", (1, 1, 64), 64, 64)
     assert why(good) is None
     assert re.fullmatch(r"needs \d+ bytes of shared memory, the limit is 1000", why(good, 1000) or "")
