@@ -253,10 +253,12 @@ def sites_of(
     total = 0.0
     for layer, step in steps:
         if step.op == "conv" and isinstance(step.shape, ConvShape) and step.epilogue:
-            us = cost.predict_unfused(step.shape, step.epilogue, dtype, precision, target).us
-            site = Site(step.shape, step.epilogue, dtype, precision, (layer,), us)
+            after = step.epilogue
+            epilogue = Epilogue(after.bn, after.bias, after.residual, after.relu)  # a residual's own BN is not measured
+            us = cost.predict_unfused(step.shape, epilogue, dtype, precision, target).us
+            site = Site(step.shape, epilogue, dtype, precision, (layer,), us)
             total += us
-            same = step.shape, step.epilogue.residual
+            same = step.shape, epilogue.residual
             found[same] = found[same].joined(site) if same in found else site
     if not found:
         raise ValueError(
