@@ -1,4 +1,4 @@
-"""A chain of convolutions in one kernel: ``[3x3 ->] 1x1 -> + shortcut -> ReLU [-> 1x1]``, see ``chain.py``.
+"""A chain of convolutions in one kernel: ``[[1x1 ->] 3x3 ->] 1x1 -> + shortcut -> ReLU [-> 1x1]``, see ``chain.py``.
 
 A program owns a box of TN x TH x TW output pixels, the BM columns of one GEMM block, and all of their channels:
 
@@ -8,6 +8,12 @@ A program owns a box of TN x TH x TW output pixels, the BM columns of one GEMM b
         y           = o                                    stored, never read back
         after[CN, BM] += w_reduce[CN, BN] o
     t_next          = relu(bn(after))
+
+Where the chain begins with the block's first 1x1, the pixels of each tap come from its input:
+
+    t[C, BM]        = relu(bn(w_first[C, CI] x)), zero outside the image
+
+It is computed anew for each tap, nine times in all: the halo is never stored, so ``t`` moves no byte.
 
 ``h``, ``o`` and ``after`` stay in the multiprocessor. A projected shortcut has an accumulator of its own, so its BN is
 its own too, and nothing is divided by a scale that may be zero.
@@ -59,8 +65,9 @@ def normalised(acc, k, K, vectors, FILTERS_LEFT: tl.constexpr):
 
 @triton.jit
 def conv_chain(
-    t, shortcut, y, t_next, w_conv, w_project, w_expand, w_reduce, bn_conv, bn_project, bn_expand, bn_reduce,
-    N, P, Q, K: tl.constexpr, C: tl.constexpr, CM: tl.constexpr, CN: tl.constexpr,
+    t, shortcut, y, t_next, w_first, w_conv, w_project, w_expand, w_reduce,
+    bn_first, bn_conv, bn_project, bn_expand, bn_reduce,
+    N, H, W, P, Q, K: tl.constexpr, C: tl.constexpr, CM: tl.constexpr, CN: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
     PROJECT_STRIDE: tl.constexpr, SUBSAMPLE: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -75,7 +82,13 @@ def conv_chain(
     if w_conv is None:
         h = t.load([n0, p0, q0, 0]).reshape(BM, CM)
     else:
-        CHUNKS: tl.constexpr = C // BK
+        CHUNKS: tl.constexpr = 1 if w_first is not None else C // BK
+        if w_first is not None:
+            first = w_first.load([0, 0])
+            scale, shift = bn_scale_shift(tl.arange(0, BK), BK, *bn_first)
+            i = tl.arange(0, BM)
+            row = (p0 + i // TW % TH) * STRIDE
+            column = (q0 + i % TW) * STRIDE
         acc = tl.zeros((CM, BM), tl.float32)
         for step in range(R * S * CHUNKS):
             tap = step // CHUNKS
@@ -86,7 +99,15 @@ def conv_chain(
                 a = t.load([n0, p0 + dh, q0 + dw, c0])
             else:  # input row 2*p + dh is row p + dh//2 of half dh%2
                 a = t.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0])
-            acc = product(w_conv.load([0, tap * C + c0]), a.reshape(BM, BK), acc, True, PRECISION)
+            a = a.reshape(BM, a.shape[-1])
+            if w_first is not None:
+                squeezed = product(first, a, None, True, PRECISION) * scale[:, None]
+                # The 3x3 is padded with zeros, not with what the first 1x1 makes of zeros. The product of those is zero
+                # (as long as the parameters are finite), so leaving out the shift is enough.
+                inside = (row + dh >= 0) & (row + dh < H) & (column + dw >= 0) & (column + dw < W)
+                squeezed += tl.where(inside[None, :], shift[:, None], 0.0)
+                a = relu(squeezed).to(t.dtype).T
+            acc = product(w_conv.load([0, step * BK]), a, acc, True, PRECISION)
         h = relu(normalised(acc, tl.arange(0, CM), CM, bn_conv, True)).to(t.dtype).T
     if w_project is not None:
         if PROJECT_STRIDE == 1:
@@ -131,6 +152,9 @@ def conv_chain(
 
 #: Pixels of a tile, expanded channels of a step, warps.
 TILES = ((256, 64, 8), (256, 32, 8), (128, 64, 4), (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4))
+#: The same with the first 1x1. Eight warps would compute its 64 filters twice: a product that feeds another in the same
+#: step is spread over its rows only.
+TILES_FIRST = ((128, 64, 4), (128, 32, 4), (64, 64, 4))
 #: Values per thread that leave room for addresses and the epilogue: with at most so many, none of the programs seen
 #: spills or waits for each of its matrix instructions.
 VALUES = 224
@@ -151,7 +175,7 @@ def conv_chain_configs(shape: ChainShape, itemsize: int) -> list[ConvConfig]:
         return []
     bk = min(64, max(16, shape.conv.c & -shape.conv.c)) if shape.conv else 64
     configs: dict[tuple, ConvConfig] = {}
-    for bm, bn, warps in TILES:
+    for bm, bn, warps in TILES_FIRST if shape.first else TILES:
         # a third stage where it leaves room for the second program of 4 warps
         for stages, limit in ((3, SHARED_LIMIT * warps // 8), (2, SHARED_LIMIT)):
             config = ConvConfig("conv_chain", least_waste_box(shape.expand, bm), bn, bk, warps, stages)
@@ -178,8 +202,6 @@ def filters_left(config: ConvConfig) -> bool:
 def refusal(shape: ChainShape, config: ConvConfig) -> str | None:
     """Why a chain cannot be computed with a configuration at all, in words; or None."""
     conv, project, expand, reduce = shape.conv, shape.project, shape.expand, shape.reduce
-    if shape.first is not None:
-        return f"first must be absent, got {shape.first}"
     whole = {"expand.c": expand.c}
     if project is not None:
         whole["project.c"] = project.c
@@ -187,6 +209,12 @@ def refusal(shape: ChainShape, config: ConvConfig) -> str | None:
             return f"project must be a 1x1 convolution without padding, got {project}"
     if reduce is not None:
         whole["reduce.k"] = reduce.k
+    if shape.first is not None:
+        for name, size in (("first.c", shape.first.c), ("first.k", shape.first.k), ("expand.c", expand.c)):
+            if size & (size - 1) or not 16 <= size <= 64:
+                return f"{name} must be a power of two from 16 to 64 in a chain with first, got {size}"
+        if config.bk != shape.first.k:
+            return f"bk must be first.k = {shape.first.k}, got bk={config.bk}"
     for name, size in whole.items():
         if size & (size - 1) or not 16 <= size <= 256:
             return f"{name} must be a power of two from 16 to 256, got {size}"
@@ -205,7 +233,7 @@ def values_per_thread(config: ConvConfig, shape: ChainShape) -> int:
     """32-bit registers that operands and accumulators fill in the fuller of the two loops."""
     pixels = config.bm / (32 * config.warps)
     mid = shape.expand.c
-    first = mid if shape.conv else 0
+    first = (mid if shape.conv else 0) + (shape.first.k if shape.first else 0)
     behind = shape.reduce.k if shape.reduce else 0
     behind += config.bn * (1.5 if shape.project is None else 2)
     left = filters_left(config)
@@ -223,6 +251,8 @@ def conv_chain_shared_bytes(config: ConvConfig, shape: ChainShape, itemsize: int
     behind = shape.reduce.k if shape.reduce else 0
     projected = shape.project.c if shape.project else 0
     first = stages * (bm + mid) * config.bk if shape.conv else 0
+    if shape.first is not None:
+        first = shape.first.weights + bm * shape.first.k + stages * (bm * shape.first.c + mid * config.bk)
     # h is loaded into registers or computed into shared memory, from where pixels as left operand are loaded each step
     staged = (mid if left or shape.conv else 0) + (projected if left else 0)
     outgoing = 2 * bn if left and behind else bn
@@ -261,17 +291,19 @@ def launch_conv_chain(
     def vectors(unit: Unit | None) -> tuple | None:
         return None if unit is None else unit.operands.vectors
 
+    source = shape.source[-1]
     first = conv or expand
     count("conv_chain")
     conv_chain[(cdiv(expand.n, tn) * cdiv(expand.p, th) * cdiv(expand.q, tw),)](
-        pixel_box(t, first, box, bk if conv else expand.c),
+        pixel_box(t, first, box, source if shape.first else bk if conv else expand.c),
         pixel_box(shortcut, project, box, project.c) if project else describe(shortcut, [*box, bn]),
         describe(y, [*box, bn]) if shape.subsample == 1 else y,
         describe(t_next, [*box, reduce.k]) if reduce else None,
-        filters(units.conv, expand.c, bk), filters(units.project, bn, project.c if project else 0),
+        filters(units.first, bk, source), filters(units.conv, expand.c, bk),
+        filters(units.project, bn, project.c if project else 0),
         filters(units.expand, bn, expand.c), filters(units.reduce, reduce.k if reduce else 0, bn),
-        vectors(units.conv), vectors(units.project), vectors(units.expand), vectors(units.reduce),
-        expand.n, expand.p, expand.q, K=expand.k, C=first.c, CM=expand.c, CN=reduce.k if reduce else 0,
+        vectors(units.first), vectors(units.conv), vectors(units.project), vectors(units.expand), vectors(units.reduce),
+        expand.n, first.h, first.w, expand.p, expand.q, K=expand.k, C=source, CM=expand.c, CN=reduce.k if reduce else 0,
         R=first.r, S=first.s, STRIDE=first.stride, PAD=first.padding, DIL=first.dilation,
         PROJECT_STRIDE=project.stride if project else 1, SUBSAMPLE=shape.subsample, PRECISION=precision,
         TN=tn, TH=th, TW=tw, BN=bn, BK=bk, FILTERS_LEFT=filters_left(config),
@@ -285,5 +317,5 @@ def pixel_box(x: torch.Tensor, conv: ConvShape, box: list[int], channels: int) -
         return TensorDescriptor.from_tensor(x, [*box, channels])
     tn, th, tw = box
     image, row, pixel, _ = x.stride()
-    halves = [conv.n, conv.h // 2, 2, conv.w // 2, 2 * conv.c]
+    halves = [conv.n, conv.h // 2, 2, conv.w // 2, 2 * x.shape[-1]]
     return TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, channels])

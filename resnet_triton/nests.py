@@ -67,4 +67,5 @@ def _chain(shape: ChainShape, config: ConvConfig) -> tuple[Loop, ...]:
     if config.kernel == "chain_rolling":
         rows = config.box[1]
         return (Loop(rows + 2, 9 * bm * conv.k * conv.c, (pointwise,), taken=rows),)
-    return Loop(conv.r * conv.s * cdiv(conv.c, bk), bm * conv.k * bk), pointwise
+    before = shape.first.weights if shape.first else 0  # anew for each tap
+    return Loop(conv.r * conv.s * cdiv(conv.c, bk), bm * (conv.k * bk + before)), pointwise

@@ -17,7 +17,7 @@ from tests.cases import VARIANCES, ConvInputs, Guarded, conv_inputs, integers
 from tests.comparers import identical, no_worse_than
 
 #: The convolutions of a chain, and whether a ReLU follows each before anything is added.
-RELU = {"conv": True, "expand": True, "project": False, "reduce": True}
+RELU = {"first": True, "conv": True, "expand": True, "project": False, "reduce": True}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class ChainInputs:
     expand: ConvInputs
     project: ConvInputs | None
     reduce: ConvInputs | None
+    first: ConvInputs | None = None
 
     @property
     def units(self) -> dict[str, ConvInputs]:
@@ -45,8 +46,9 @@ class ChainInputs:
 def chain(
     n: int, h: int, w: int, mid: int, wide: int, stride: int = 1, dilation: int = 1,
     project: tuple[int, int] | None = None, reduce: int | None = None, subsample: int = 1, conv: bool = True,
+    first: bool = False,
 ) -> ChainShape:  # fmt: skip
-    """A bottleneck block behind its first 1x1.
+    """A bottleneck block, with its first 1x1 or from behind it.
 
     Args:
         n, h, w: images, rows and columns of the 3x3's input, or of the chain's where it begins behind the 3x3.
@@ -56,15 +58,17 @@ def chain(
         reduce: channels of the next block's first 1x1, or None.
         subsample: of the stored output.
         conv: whether the 3x3 is part of the chain.
+        first: whether the 1x1 in front of it is.
     """
-    first = ConvShape(n, h, w, mid, mid, 3, 3, stride, dilation, dilation) if conv else None
-    p, q = (first.p, first.q) if first else (h, w)
+    middle = ConvShape(n, h, w, mid, mid, 3, 3, stride, dilation, dilation) if conv else None
+    p, q = (middle.p, middle.q) if middle else (h, w)
     shortcut = None
     if project is not None:
         channels, step = project
         shortcut = ConvShape(n, step * p, step * q, channels, wide, stride=step)
     after = ConvShape(n, p, q, wide, reduce) if reduce else None
-    return ChainShape(first, ConvShape(n, p, q, mid, wide), shortcut, after, subsample)
+    before = ConvShape(n, h, w, project[0] if project else wide, mid) if first else None
+    return ChainShape(middle, ConvShape(n, p, q, mid, wide), shortcut, after, subsample, before)
 
 
 def chain_inputs(
@@ -90,7 +94,9 @@ def chain_inputs(
     # a wide range, so that sums with a projection are not representable in 16 bits
     shortcut = integers(*shape.shortcut, dtype=dtype, low=-99, high=99)
     t = integers(*shape.source, dtype=dtype)
-    return ChainInputs(shape, t, shortcut, *(unit(c) for c in (shape.conv, shape.expand, shape.project, shape.reduce)))
+    if shape.first is not None:
+        shortcut = t
+    return ChainInputs(shape, t, shortcut, **{name: unit(getattr(shape, name)) for name in RELU})
 
 
 def forward(inputs: ChainInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +118,8 @@ def forward(inputs: ChainInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
         return reference.conv_bn_act(x, w, *vectors, residual, unit.eps, RELU[name], s.stride, s.padding, s.dilation)
 
     h, shortcut = (t.permute(0, 3, 1, 2).to(dtype) for t in (inputs.t, inputs.shortcut))
+    if inputs.first is not None:
+        h = convolve("first", h).to(rounded).to(dtype)
     if inputs.conv is not None:
         h = convolve("conv", h).to(rounded).to(dtype)
     if inputs.project is not None:
@@ -149,7 +157,7 @@ def run(inputs: ChainInputs, config: ConvConfig, precision: str = "ieee") -> tup
         for name, unit in inputs.units.items()
     }
     launch.COUNTS.clear()
-    parts = ChainUnits(units.get("conv"), units["expand"], units.get("project"), units.get("reduce"))
+    parts = ChainUnits(**{name: units.get(name) for name in RELU})
     launch_chain(t, shortcut, y, t_next, parts, inputs.shape, config, precision)
     assert {config.kernel: 1} == launch.COUNTS
     guarded.verify()
@@ -195,8 +203,10 @@ def normals(inputs: ChainInputs) -> ChainInputs:
             eps=1e-5,
         )
 
+    t = torch.randn(inputs.t.shape).to(dtype)
+    shortcut = t if inputs.shortcut is inputs.t else torch.randn(inputs.shortcut.shape).to(dtype)
     return inputs.replaced(
-        t=torch.randn(inputs.t.shape).to(dtype),
-        shortcut=torch.randn(inputs.shortcut.shape).to(dtype),
+        t=t,
+        shortcut=shortcut,
         **{name: unit(getattr(inputs, name)) for name in RELU},
     )
