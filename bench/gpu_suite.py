@@ -36,14 +36,14 @@ FILES = ("environment.json", "limits.json", "check.csv", "layers.csv", "bench.js
 def run_steps(suite: Suite, names: list[str]) -> None:
     """Runs the steps in order, each until its share of the time; the last one may use all that is left."""
     for name in names:
-        step, share, _ = STEPS[name]
+        step, share, estimate = STEPS[name]
         deadline = suite.until(1.0 if name == names[-1] else share)
         begun = time.monotonic()
         left = suite.until(1.0) - begun
         if left < 5 and name != "environment":
             suite.steps.append({"name": name, "state": "no time", "seconds": 0.0, "text": "call again to go on"})
             continue
-        print(f"== {name}: until {deadline - suite.started:.0f} s", flush=True)
+        print(f"== {name}: until {deadline - suite.started:.0f} s, about {estimate} s on a GPU", flush=True)
         try:
             text, state = step(suite, deadline), "done"
         except Exception as error:  # a step that fails must not cost the later ones

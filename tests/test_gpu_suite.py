@@ -15,10 +15,13 @@ import torch
 from bench import gpu_suite
 from bench.gpu import check, limits, precompile, report, steps, tune
 from bench.gpu import suite as suite_module
+from bench.gpu.check_run import CHECKS
 from bench.gpu.rows import Row, child_env, run_rows
-from resnet_triton import tuning
+from resnet_triton import chains, codegen, tuning
 from resnet_triton.devices import known_devices
 from resnet_triton.journal import Journal
+from resnet_triton.kernels.config import ALL_KERNELS, CHAIN_KERNELS, END_KERNELS, ConvConfig
+from resnet_triton.sites import Site, site_of
 from tests import gpu_suite_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,8 +122,11 @@ def test_dry_run_end_to_end(tmp_path) -> None:
     with (tmp_path / "check.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(check.dry_rows()) and {line["status"] for line in lines} == {"ok"}
-    assert {line["kernel"] for line in lines} >= {"conv_tma", "conv1x1", "conv_pointer", "max_pool", "fold_bn"}
-    assert len(tuning.load(tmp_path / "dry-run.json")) == 2
+    assert {line["kernel"] for line in lines} >= {
+        "conv_tma", "conv1x1", "conv_pointer", *CHAIN_KERNELS, *END_KERNELS, "bn_act", "max_pool", "fold_bn",
+    }  # fmt: skip
+    entries = tuning.load(tmp_path / "dry-run.json")
+    assert [entry.config.kernel for entry in entries] == ["conv_tma", "conv1x1", "conv_chain"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [step["name"] for step in summary["steps"]] == ["environment", "limits", "check", "tune"]
     assert summary["problems"] == []
@@ -128,7 +134,7 @@ def test_dry_run_end_to_end(tmp_path) -> None:
     assert done.stdout.strip().splitlines()[-1].startswith("tune")
     count = started(tmp_path)
     again = suite(*arguments)
-    assert again.returncode == 0 and "12 ok of 12" in again.stdout
+    assert again.returncode == 0 and f"{len(lines)} ok of {len(lines)}" in again.stdout
     unchanged = json.loads((tmp_path / "summary.json").read_text())["code"] == summary["code"]
     assert started(tmp_path) == count or not unchanged, "finished rows are run again only if their code was edited"
 
@@ -189,7 +195,7 @@ def test_visit_where_every_row_fails(tmp_path, monkeypatch, capsys) -> None:
     assert "check        done" in out and "2 error, 1 wrong of 3" in out
     assert "! error: a [kernel a config a] and 2 more alike RuntimeError: planted" in out
     assert "! wrong: c [kernel c config c] planted" in out
-    assert "0 of 1 convolutions" in out
+    assert "0 of 1 convolutions and chains" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {p["key"] for p in summary["problems"]} == {"a", "b", "c", "tune x", "limit x"}
     assert json.loads((tmp_path / "limits.json").read_text())["devices.json"] == {"NVIDIA H200": None}
@@ -204,15 +210,48 @@ def test_rows_of_a_real_visit() -> None:
     found = {(row.payload["dtype"], row.kernel) for row in conv}
     assert found >= {(d, k) for d in check.DTYPES if d != "ieee" for k in ("conv_tma", "conv1x1", "conv_pointer")}
     assert {kernel for dtype, kernel in found if dtype == "ieee"} == {"conv_pointer"}
-    assert {row.payload["what"] for row in rows} >= {"stem", "head", "fold_bn", "add_relu", "model", "large conv"}
+    assert {row.payload["what"] for row in rows} == set(CHECKS)
     tuned = tune.rows(H200)
     assert len({row.key for row in tuned}) == len(tuned)
     assert {row.payload["shape"]["n"] for row in tuned[:20]} == {256}
     measured = limits.rows()
     assert len({row.key for row in measured}) == len(measured)
+    chained = [row for row in tuned if "chain" in row.payload]
+    assert {chain["chain"]["expand"]["n"] for chain in (row.payload for row in chained)} == {256, 32}
+    assert tuned.index(chained[0]) == len(tune.sites(50, 256, "float16", H200)), "behind the convolutions of batch 256"
     jobs = precompile.distinct([*check.compile_jobs(H200), *tune.compile_jobs(H200)])
     assert len(jobs) > 1000 and json.loads(json.dumps(jobs)) == jobs
     json.dumps([row.payload for row in [*rows, *tuned, *measured]])
+
+
+def test_chains_of_a_real_visit() -> None:
+    """As planned at batch 256 and 32, with whatever a chain leaves out; both kernels; odd sizes; gamma 0; repeats."""
+    rows = check.rows(H200)
+    blocks = [row for row in rows if row.payload["what"] == "block"]
+    planned = {row.key for row in blocks if row.payload["config"] is None}
+    for dtype, batches in (("bfloat16", (256, 32)), ("float16", (32,))):
+        for batch in batches:
+            for _, tail in chains.bottleneck_tails(50, batch, 224):
+                chain = chains.choose_chain(tail, getattr(torch, dtype), "tf32", H200, "triton")
+                kernel = chain and chain.choice.realisation
+                shape = str(chains.chain_shape(tail, frozenset(tail.sites()) - {"last"}))
+                assert chain is None or any(f" {shape} {dtype} {kernel}" in key for key in planned)
+    assert sum("last gamma 0" in key for key in planned) == 3 and any("225x225" in key for key in planned)
+    assert any(row.payload["pool"] and row.kernel == "conv1x1_pool" for row in blocks)
+    for kernel in CHAIN_KERNELS:
+        assert any(row.payload["config"] and row.kernel == kernel for row in blocks)
+        assert any(row.payload["what"] == "repeat block" and row.kernel == kernel for row in rows)
+    sanitized = {row.kernel for row in check.sanitizer_rows(H200)}
+    assert sanitized >= {*ALL_KERNELS, "bn_act", "max_pool", "fold_bn", "add_relu"}
+
+
+def test_jobs_of_chains_are_their_real_launches() -> None:
+    jobs = [job for job in precompile.distinct(check.compile_jobs(H200)) if "chain" in job]
+    assert len(jobs) > 20
+    for job in jobs[:3] + jobs[-3:]:
+        config, site = ConvConfig.from_dict(job["config"]), site_of(job)
+        (launch,) = codegen.chain_launches(site.shape, site.dtype, "tf32", config, 132, torch.float32)
+        assert launch.kernel.__name__ == config.kernel and launch.kwargs["num_warps"] == config.warps
 
 
 def test_large_rows_are_large() -> None:
@@ -248,7 +287,8 @@ def test_device_record_is_what_the_planner_reads() -> None:
 def test_totals_need_every_layer() -> None:
     lines = []
     for site in tune.sites(50, 256, "bfloat16", H200):
-        lines.append({"shape": str(site.shape), "dtype": "bfloat16", "epilogue": str(site.epilogue)})
+        epilogue = str(site.epilogue) if isinstance(site, Site) else tune.CHAIN
+        lines.append({"shape": str(site.shape), "dtype": "bfloat16", "epilogue": epilogue})
         lines[-1] |= {"ours_us": 100.0, "cudnn_passes_us": 250.0, "cudnn_conv_us": 90.0, "speedup": 2.5}
     (total,) = tune.totals(lines, H200)
     assert total["convs"] == 52 and total["ours_ms"] == pytest.approx(5.2) and total["speedup"] == 2.5

@@ -9,7 +9,7 @@ replayed from a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from resnet_triton.kernels.config import (
 from resnet_triton.kernels.geometry import ChainShape, ConvShape
 from resnet_triton.shapes import BN_ADD_RELU, BN_RELU, ConvSite, resnet_convs, stem_conv
 
-from .precompile import Job, chain_dict, chain_job, job
+from .precompile import Job, chain_job, job
 from .rows import Row
 
 HANDLER = "bench.gpu.check_run:run_row"
@@ -171,7 +171,7 @@ def _block(
     pool: bool = False,
 ) -> Work:
     """A block's end through the public function, or as one chain with a given configuration."""
-    payload: dict[str, Any] = {"what": "block", "shape": chain_dict(shape), "dtype": dtype, "kernel": kernel}
+    payload: dict[str, Any] = {"what": "block", "shape": asdict(shape), "dtype": dtype, "kernel": kernel}
     payload |= {"config": config.to_dict() if config else None, "zero_last": zero_last, "pool": pool}
     notes = " last gamma 0" * zero_last + " average" * pool
     jobs = [chain_job(shape, torch_dtype(dtype), config, VECTORS)] if config else []

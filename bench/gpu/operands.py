@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_triton import functional, reference
 from resnet_triton.backend import dot_precision, use_backend
+from resnet_triton.entries import chain_shape_of
 from resnet_triton.functional import ConvBN
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ConvShape
@@ -18,7 +19,6 @@ from resnet_triton.measure import errors
 from resnet_triton.steps import UNIT
 
 from .check import torch_dtype
-from .precompile import chain_of
 
 EPS = 1e-5
 Result = dict[str, Any]
@@ -157,7 +157,7 @@ class Block:
     """
 
     def __init__(self, shape: dict, dtype: str, device: str, zero_last: bool, pool: bool) -> None:
-        s = self.shape = chain_of(shape)
+        s = self.shape = chain_shape_of(shape)
         kind, self.pool = torch_dtype(dtype), pool
 
         def unit(conv: ConvShape | None) -> ConvBN | None:

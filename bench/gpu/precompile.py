@@ -19,6 +19,7 @@ import torch
 
 from resnet_triton.kernels.config import ConvConfig, Epilogue
 from resnet_triton.kernels.geometry import ChainShape, ConvShape
+from resnet_triton.sites import AnySite, ChainSite, Site, site_of
 
 Job = dict[str, Any]
 
@@ -27,36 +28,17 @@ def job(
     shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, config: ConvConfig, vectors: torch.dtype
 ) -> Job:
     """A job as JSON: one convolution with one configuration; ``vectors`` is the dtype of BN's vectors and the bias."""
-    return {
-        "shape": vars(shape),
-        "epilogue": vars(epilogue),
-        "dtype": str(dtype).removeprefix("torch."),
-        "precision": precision,
-        "config": config.to_dict(),
-        "vectors": str(vectors).removeprefix("torch."),
-    }
+    return site_job(Site(shape, epilogue, dtype, precision), config, vectors)
 
 
 def chain_job(shape: ChainShape, dtype: torch.dtype, config: ConvConfig, vectors: torch.dtype) -> Job:
     """The same for a chain."""
-    return {
-        "chain": chain_dict(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "config": config.to_dict(),
-        "vectors": str(vectors).removeprefix("torch."),
-    }
+    return site_job(ChainSite(shape, dtype), config, vectors)
 
 
-def chain_dict(shape: ChainShape) -> dict[str, Any]:
-    """A chain as JSON; :func:`chain_of` is the inverse."""
-    parts = {name: vars(conv) if isinstance(conv, ConvShape) else conv for name, conv in vars(shape).items()}
-    return json.loads(json.dumps(parts))
-
-
-def chain_of(data: dict[str, Any]) -> ChainShape:
-    """Inverse of :func:`chain_dict`."""
-    parts: dict[str, Any] = {name: ConvShape(**part) if isinstance(part, dict) else part for name, part in data.items()}
-    return ChainShape(**parts)
+def site_job(site: AnySite, config: ConvConfig, vectors: torch.dtype) -> Job:
+    """The same for either."""
+    return {**site.payload(), "config": config.to_dict(), "vectors": str(vectors).removeprefix("torch.")}
 
 
 def distinct(jobs: Iterable[Job]) -> list[Job]:
@@ -88,21 +70,18 @@ def compile_job(work: tuple[Job, int, int]) -> str | None:
 
     from resnet_triton.codegen import chain_launches, conv_launches
 
-    config, dtype, vectors = ConvConfig.from_dict(job["config"]), getattr(torch, job["dtype"]), job["vectors"]
-    vectors = getattr(torch, vectors)
-    shape: ConvShape | ChainShape
+    site, config, vectors = site_of(job), ConvConfig.from_dict(job["config"]), getattr(torch, job["vectors"])
     try:
-        if "chain" in job:
-            shape = chain_of(job["chain"])
-            launches = chain_launches(shape, dtype, "tf32", config, multiprocessors, vectors)
+        if isinstance(site, ChainSite):
+            launches = chain_launches(site.shape, site.dtype, "tf32", config, multiprocessors, vectors)
         else:
-            shape, epilogue = ConvShape(**job["shape"]), Epilogue(**job["epilogue"])
-            launches = conv_launches(shape, epilogue, dtype, job["precision"], config, multiprocessors, vectors)
+            precision = site.precision
+            launches = conv_launches(site.shape, site.epilogue, site.dtype, precision, config, multiprocessors, vectors)
         driver.set_active(_NoDevice(GPUTarget("cuda", sm, 32)))
         for kernel, grid, args, kwargs in launches:
             kernel.run(*args, grid=grid, warmup=True, **kwargs)
     except Exception as error:
-        return f"{job.get('chain') or job['shape']} {config.kernel} {config}: {type(error).__name__}: {error}"[:500]
+        return f"{site.shape} {config.kernel} {config}: {type(error).__name__}: {error}"[:500]
     return None
 
 

@@ -100,12 +100,13 @@ def sanitize(suite: Suite, deadline: float) -> None:
 
 
 def tune(suite: Suite, deadline: float) -> str:
-    """Step 3: the fastest configuration of every convolution, beside cuDNN."""
+    """Step 3: the fastest configuration of every convolution and chain, beside cuDNN."""
     rows = tuning.dry_rows() if suite.dry else tuning.rows(suite.target())
     env = {"TRITON_INTERPRET": "1"} if suite.dry else {}
     run_rows(rows, tuning.HANDLER, suite.tuning, deadline=deadline, env=env)
     lines = write_tuned(suite)
-    return f"{len(lines)} of {len(rows)} convolutions, candidates: {report.count_text(candidate_records(suite))}"
+    candidates = report.count_text(candidate_records(suite))
+    return f"{len(lines)} of {len(rows)} convolutions and chains, candidates: {candidates}"
 
 
 def candidate_records(suite: Suite) -> list[dict[str, Any]]:
@@ -136,11 +137,11 @@ def bench(suite: Suite, deadline: float) -> str:
 
 #: Name, what it does, share of the time by which it must be over, estimated seconds.
 STEPS: dict[str, tuple[Callable[[Suite, float], str], float, int]] = {
-    "environment": (environment, 0.05, 10),
-    "limits": (limits, 0.20, 60),
-    "check": (check, 0.50, 180),
-    "tune": (tune, 0.80, 240),
-    "bench": (bench, 1.00, 120),
+    "environment": (environment, 0.03, 10),
+    "limits": (limits, 0.17, 65),
+    "check": (check, 0.50, 175),
+    "tune": (tune, 0.80, 160),
+    "bench": (bench, 1.00, 105),
 }
 
 

@@ -1,30 +1,32 @@
-"""Tunes the convolutions of the ResNets on this GPU and reports them beside cuDNN, layer by layer.
+"""Tunes the convolutions and chains of the ResNets on this GPU and reports them beside cuDNN, layer by layer.
 
-A row is one convolution; its candidates are noted in the journal one by one, so a candidate that crashes or hangs costs
-itself only. Results become the tuned file of this device and `layers.csv`.
+A row is one convolution, or one chain that a block may end with; its candidates are noted in the journal one by one, so
+a candidate that crashes or hangs costs itself only. Results become the tuned file of this device and `layers.csv`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
-from resnet_triton import cost, tuning
+from resnet_triton import cost
+from resnet_triton.chains import bottleneck_tails
 from resnet_triton.devices import Target, known_devices, target_of
+from resnet_triton.entries import AnyEntry, ChainEntry, Entry
 from resnet_triton.journal import Journal
-from resnet_triton.kernels.config import ConvConfig, Epilogue
-from resnet_triton.kernels.geometry import ConvShape
-from resnet_triton.shapes import BN_ADD_RELU, BN_RELU, resnet_convs
-from resnet_triton.tuner import Timing, Trial, candidates, entry_of, key_of, search
+from resnet_triton.kernels.config import ConvConfig
+from resnet_triton.kernels.geometry import ChainShape, ConvShape
+from resnet_triton.shapes import BN_ADD_RELU, BN_RELU, ConvSite, resnet_convs
+from resnet_triton.sites import AnySite, ChainSite, Site, chain_gains, merged, site_of
+from resnet_triton.tuner import Timing, Trial, search
 
-from .precompile import Job, job
+from .precompile import Job, site_job
 from .rows import Row
 
 HANDLER = "bench.gpu.tune:run_row"
-PREFIX = "tune "
 #: Depth (50 has every convolution of 101 and 152, 18 those of 34), batch and dtype, most valuable first.
 NETWORKS = (
     (50, 256, "bfloat16"),
@@ -40,8 +42,13 @@ NETWORKS = (
     (50, 64, "bfloat16"),
     (50, 8, "bfloat16"),
 )
+#: Those whose chains are measured too, right behind their convolutions.
+CHAINED = ((50, 256, "bfloat16"), (50, 32, "bfloat16"))
+#: Candidates that are measured of a convolution and of a chain.
+CANDIDATES, CHAIN_CANDIDATES = 10, 6
 CANDIDATE_S = 30.0
 ROW_S = 240.0
+CHAIN = "chain"  # stands for the epilogue of a chain in `layers.csv`
 COLUMNS = (
     "layer", "network", "batch", "dtype", "count", "shape", "epilogue", "kernel", "config", "ours_us", "spread",
     "cudnn_conv_us", "cudnn_passes_us", "speedup", "conv_only_speedup", "tflops", "tb_s", "predicted_us", "limit",
@@ -49,83 +56,99 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Site(NamedTuple):
-    """A distinct convolution of a network, and the names of the layers that it is."""
+def convs_of(depth: int, batch: int) -> Iterator[ConvSite]:
+    """A network's convolutions as they run: a bottleneck's projection reads only the pixels that were stored for it."""
+    tails = dict(bottleneck_tails(depth, batch, 224)) if depth >= 50 else {}
+    for site in resnet_convs(depth, batch):
+        tail = tails.get(site.name.removesuffix(".downsample.0"))
+        yield site._replace(shape=tail.project) if tail and tail.project else site
 
-    shape: ConvShape
-    epilogue: Epilogue
-    names: list[str]
 
+def sites(depth: int, batch: int, dtype: str, target: Target) -> list[AnySite]:
+    """A network's distinct convolutions (as tuned files tell them apart), those with the most predicted time first.
 
-def sites(depth: int, batch: int, dtype: str, target: Target) -> list[Site]:
-    """A network's distinct convolutions (as tuned files tell them apart), those with the most predicted time first."""
-    found: dict[tuple[ConvShape, bool], Site] = {}
-    for name, shape, epilogue in resnet_convs(depth, batch):
-        found.setdefault((shape, epilogue.residual), Site(shape, epilogue, [])).names.append(name)
+    Behind them the chains that its blocks may end with and that are predicted to save time, the greatest gain first.
+    """
     kind = getattr(torch, dtype)
-
-    def total(site: Site) -> float:
-        return len(site.names) * cost.predict_unfused(site.shape, site.epilogue, kind, "tf32", target).us
-
-    return sorted(found.values(), key=total, reverse=True)
+    convs: dict[tuple[ConvShape, bool], Site] = {}
+    for name, shape, epilogue in convs_of(depth, batch):
+        us = cost.predict_unfused(shape, epilogue, kind, "tf32", target).us
+        site, same = Site(shape, epilogue, kind, "tf32", (name,), us), (shape, epilogue.residual)
+        convs[same] = convs[same].joined(site) if same in convs else site
+    tails = bottleneck_tails(depth, batch, 224) if (depth, batch, dtype) in CHAINED else ()
+    gains = [(name, *found) for name, tail in tails for found in chain_gains(tail, kind, target)]
+    found = [ChainSite(shape, kind, (name,), gain=gain) for name, shape, gain in gains if gain > 0]
+    return merged([*convs.values(), *found])
 
 
 def rows(target: Target, networks: Sequence[tuple[int, int, str]] = NETWORKS) -> list[Row]:
-    """One row per convolution; one that two networks share belongs to the first."""
+    """One row per convolution or chain; one that two networks share belongs to the first."""
     found: dict[str, Row] = {}
     for depth, batch, dtype in networks:
         for site in sites(depth, batch, dtype, target):
-            key = PREFIX + key_of(site.shape, site.epilogue, getattr(torch, dtype)) + " (whole)"
-            payload: dict[str, Any] = {"shape": vars(site.shape), "epilogue": vars(site.epilogue), "dtype": dtype}
-            payload |= {"layer": site.names[0], "count": len(site.names), "network": f"resnet{depth}"}
-            found.setdefault(key, Row(key, "tuner", "all candidates", ROW_S, payload))
+            found.setdefault(site.key, _row(site, f"resnet{depth}"))
     return list(found.values())
 
 
+def _row(site: AnySite, network: str, **more: Any) -> Row:
+    payload = {**site.payload(), "layer": site.layers[0], "count": len(site.layers), "network": network, **more}
+    return Row(site.row_key, "tuner", "all candidates", ROW_S, payload)
+
+
 def dry_rows() -> list[Row]:
-    """Two tiny convolutions whose times are invented."""
-    found = []
-    tiny = (ConvShape(1, 8, 8, 16, 16, 3, 3, 1, 1), BN_RELU), (ConvShape(1, 8, 8, 16, 32), BN_ADD_RELU)
-    for shape, epilogue in tiny:
-        key = PREFIX + key_of(shape, epilogue, torch.float16) + " (whole)"
-        payload = {"shape": vars(shape), "epilogue": vars(epilogue), "dtype": "float16", "layer": str(shape)}
-        found.append(
-            Row(key, "tuner", "all candidates", ROW_S, {**payload, "count": 1, "network": "-", "dry_run": True})
-        )
-    return found
+    """Two tiny convolutions and a chain, whose times are invented."""
+    kind = torch.float16
+    chain = ChainShape(None, ConvShape(1, 8, 8, 64, 256), None, ConvShape(1, 8, 8, 256, 64))
+    tiny: list[AnySite] = [
+        Site(ConvShape(1, 8, 8, 16, 16, 3, 3, 1, 1), BN_RELU, kind, "tf32", ("3x3",)),
+        Site(ConvShape(1, 8, 8, 16, 32), BN_ADD_RELU, kind, "tf32", ("1x1",)),
+        ChainSite(chain, kind, ("chain",)),
+    ]
+    return [_row(site, "-", dry_run=True) for site in tiny]
 
 
 def compile_jobs(target: Target, networks: Sequence[tuple[int, int, str]] = NETWORKS) -> list[Job]:
     """What tuning compiles, in its order."""
     found = []
     for row in rows(target, networks):
-        shape, epilogue, dtype = _problem(row.payload)
-        for config in candidates(shape, dtype, target, epilogue=epilogue):
-            found.append(job(shape, epilogue, dtype, "tf32", config, dtype))
+        site = site_of(row.payload)
+        found += [site_job(site, config, site.dtype) for config in _candidates(site, target)]
     return found
 
 
-def _problem(payload: dict[str, Any]) -> tuple[ConvShape, Epilogue, torch.dtype]:
-    return ConvShape(**payload["shape"]), Epilogue(**payload["epilogue"]), getattr(torch, payload["dtype"])
+def _candidates(site: AnySite, target: Target) -> list[ConvConfig]:
+    return site.candidates(target)[: CHAIN_CANDIDATES if isinstance(site, ChainSite) else CANDIDATES]
 
 
 def run_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
     """Handler of a row: measures the candidates; ``entry`` for the tuned file, ``layer`` for the table."""
-    from resnet_triton.measure import ConvProblem, device_lost
-
     payload = row["payload"]
-    shape, epilogue, dtype = _problem(payload)
-    dry = payload.get("dry_run", False)
+    site, dry = site_of(payload), payload.get("dry_run", False)
     target = known_devices()["NVIDIA H200"] if dry else target_of("cuda")
-    configs = candidates(shape, dtype, target, epilogue=epilogue, limit=3 if dry else 10)
-    problem = ConvProblem(shape, epilogue, dtype, "cpu" if dry else "cuda")
+    configs = _candidates(site, target)[: 2 if dry else None]
+    trials, prediction = _measure(site, configs, target, dry, journal)
+    if not dry:
+        torch.cuda.empty_cache()
+    entry = site.entry(trials)
+    if entry is None:
+        return {"status": "wrong", "detail": f"none of {len(configs)} candidates is right: {trials[0].reason}"}
+    return {"entry": entry.to_dict(), "layer": layer(site, payload, trials, prediction)}
+
+
+def _measure(
+    site: AnySite, configs: Sequence[ConvConfig], target: Target, dry: bool, journal: Journal
+) -> tuple[list[Trial], cost.Prediction]:
+    """The trials, best first, and the prediction of the best; the operands' memory is free afterwards."""
+    from resnet_triton.measure import device_lost
+
+    problem = site.problem("cpu" if dry else "cuda")
 
     def invented(config: ConvConfig) -> Timing:
-        us = cost.predict(shape, epilogue, config, dtype, "tf32", target).us
+        us = problem.predict(config, target).us
         return Timing(us, 2 * us, us, 0.0)
 
     trials = search(
-        PREFIX + key_of(shape, epilogue, dtype),
+        site.key,
         timer=invented if dry else problem.time,
         validate=problem.validate,
         candidates=configs,
@@ -133,30 +156,29 @@ def run_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
         lost=None if dry else device_lost,
         limit_s=CANDIDATE_S,
     )
-    del problem  # and its graphs' memory
-    if not dry:
-        torch.cuda.empty_cache()
-    entry = entry_of(shape, epilogue, dtype, trials)
-    if entry is None:
-        return {"status": "wrong", "detail": f"none of {len(configs)} candidates is right: {trials[0].reason}"}
-    return {"entry": entry.to_dict(), "layer": layer(payload, trials, target)}
+    return trials, problem.predict(trials[0].config, target)
 
 
-def layer(payload: dict[str, Any], trials: Sequence[Trial], target: Target) -> dict[str, Any]:
+def layer(
+    site: AnySite, payload: dict[str, Any], trials: Sequence[Trial], prediction: cost.Prediction
+) -> dict[str, Any]:
     """The line of `layers.csv`: ours, cuDNN's convolution alone, and cuDNN with the separate passes."""
-    shape, epilogue, dtype = _problem(payload)
     best, timing = trials[0].config, trials[0].timing
     assert timing is not None
-    prediction = cost.predict(shape, epilogue, best, dtype, "tf32", target)
-    moved = shape.bytes_moved(dtype.itemsize, epilogue.residual)
+    size = site.dtype.itemsize
+    if isinstance(site, ChainSite):
+        batch, moved, epilogue = site.shape.expand.n, site.shape.bytes_moved(size), CHAIN
+    else:
+        batch, moved = site.shape.n, site.shape.bytes_moved(size, site.epilogue.residual)
+        epilogue = str(site.epilogue)
     return {
         "layer": payload["layer"],
         "network": payload["network"],
-        "batch": shape.n,
+        "batch": batch,
         "dtype": payload["dtype"],
         "count": payload["count"],
-        "shape": str(shape),
-        "epilogue": str(epilogue),
+        "shape": str(site.shape),
+        "epilogue": epilogue,
         "kernel": best.kernel,
         "config": str(best),
         "ours_us": round(timing.us, 2),
@@ -165,7 +187,7 @@ def layer(payload: dict[str, Any], trials: Sequence[Trial], target: Target) -> d
         "cudnn_passes_us": round(timing.library_us, 2),
         "speedup": round(timing.library_us / timing.us, 3),
         "conv_only_speedup": timing.conv_us and round(timing.conv_us / timing.us, 3),
-        "tflops": round(2 * shape.macs / timing.us / 1e6, 1),
+        "tflops": round(2 * site.shape.macs / timing.us / 1e6, 1),
         "tb_s": round(moved / timing.us / 1e6, 3),
         "predicted_us": round(prediction.us, 2),
         "limit": prediction.limit,
@@ -174,18 +196,25 @@ def layer(payload: dict[str, Any], trials: Sequence[Trial], target: Target) -> d
     }
 
 
-def results(journal: Journal) -> tuple[list[tuning.Entry], list[dict[str, Any]]]:
+def results(journal: Journal) -> tuple[list[AnyEntry], list[dict[str, Any]]]:
     """Entries and table lines of every finished row."""
     done = [r for r in journal.finished.values() if r.get("entry")]
-    return [tuning.Entry.from_dict(r["entry"]) for r in done], [r["layer"] for r in done]
+    return [_entry(r) for r in done], [r["layer"] for r in done]
+
+
+def _entry(record: dict[str, Any]) -> AnyEntry:
+    if record["layer"].get("epilogue") == CHAIN:
+        return ChainEntry.from_dict(record["entry"])
+    return Entry.from_dict(record["entry"])
 
 
 def totals(lines: Sequence[dict[str, Any]], target: Target) -> list[dict[str, Any]]:
     """Sums over the convolutions of each network that is measured whole, in milliseconds."""
-    by_shape = {(line["shape"], line["dtype"], "add" in line["epilogue"]): line for line in lines}
+    convs = [line for line in lines if line["epilogue"] != CHAIN]
+    by_shape = {(line["shape"], line["dtype"], "add" in line["epilogue"]): line for line in convs}
     found = []
     for depth, batch, dtype in NETWORKS:
-        counts = Counter((str(s.shape), dtype, s.epilogue.residual) for s in resnet_convs(depth, batch))
+        counts = Counter((str(s.shape), dtype, s.epilogue.residual) for s in convs_of(depth, batch))
         if any(key not in by_shape for key in counts):
             continue
 
