@@ -34,17 +34,20 @@ MOST_SPLITS = 16
 class Epilogue:
     """What follows the convolution in the same kernel: ``relu((acc + bias) * scale + shift + residual)``.
 
-    ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` when ``bn`` is set.
+    ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` when ``bn`` is set. With ``residual_bn``, the
+    residual has a BN of its own, applied as it is added (``conv1x1`` only).
     """
 
     bn: bool = False
     bias: bool = False
     residual: bool = False
     relu: bool = False
+    residual_bn: bool = False
 
     def __str__(self) -> str:
+        added = "add(bn)" if self.residual_bn else "add"
         names = [
-            n for n, on in (("bias", self.bias), ("bn", self.bn), ("add", self.residual), ("relu", self.relu)) if on
+            n for n, on in (("bias", self.bias), ("bn", self.bn), (added, self.residual), ("relu", self.relu)) if on
         ]
         return "+".join(names) or "-"
 

@@ -24,9 +24,9 @@ from .split_k import launch_split_k_epilogue, new_parts, share
 
 @triton.jit
 def gemm_tile(
-    tile, part, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C: tl.constexpr,
+    tile, part, x, w, y, residual, residual_bn, bias, gamma, beta, mean, var, eps, K, C: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDUAL_BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM pixels times BN output channels, or its ``part`` of the reduction."""
     column_blocks = tl.cdiv(K, BN)
@@ -39,10 +39,15 @@ def gemm_tile(
     if SPLIT > 1:
         y.store([part, m0, k0], acc.reshape(1, BM, BN))
     else:
-        scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
+        k = k0 + tl.arange(0, BN)
+        scale, shift = bn_scale_shift(k, K, bias, gamma, beta, mean, var, eps)
         out = acc * scale[None, :] + shift[None, :]
         if residual is not None:
-            out += residual.load([m0, k0]).to(tl.float32)
+            added = residual.load([m0, k0]).to(tl.float32)
+            if RESIDUAL_BN:
+                scale, shift = bn_scale_shift(k, K, *residual_bn)
+                added = added * scale[None, :] + shift[None, :]
+            out += added
         if RELU:
             out = relu(out)
         y.store([m0, k0], out.to(y.dtype))
@@ -50,13 +55,14 @@ def gemm_tile(
 
 @triton.jit
 def conv1x1(
-    x, w, y, residual, bias, gamma, beta, mean, var, eps, M, K, C: tl.constexpr,
+    x, w, y, residual, residual_bn, bias, gamma, beta, mean, var, eps, M, K, C: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
+    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, RESIDUAL_BN: tl.constexpr,
 ):  # fmt: skip
     """``PROGRAMS`` persistent programs, or 0: ``SPLIT`` programs a tile. ``x, w, y, residual``: descriptors of rank 2.
 
-    With ``SPLIT`` above 1, ``y`` is what ``split_k.new_parts`` made.
+    With ``SPLIT`` above 1, ``y`` is what ``split_k.new_parts`` made. ``residual_bn`` is a tuple of BN's vectors, which
+    count with ``RESIDUAL_BN``.
     """
     if PDL:
         wait_for_inputs()
@@ -64,14 +70,16 @@ def conv1x1(
         tile = tl.program_id(0) // SPLIT
         part = tl.program_id(0) % SPLIT if SPLIT > 1 else 0
         gemm_tile(
-            tile, part, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK, SPLIT
-        )
+            tile, part, x, w, y, residual, residual_bn, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION,
+            BM, BN, BK, SPLIT, RESIDUAL_BN,
+        )  # fmt: skip
     else:
         tiles = tl.cdiv(M, BM) * tl.cdiv(K, BN)
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
             gemm_tile(
-                tile, 0, x, w, y, residual, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION, BM, BN, BK, 1
-            )
+                tile, 0, x, w, y, residual, residual_bn, bias, gamma, beta, mean, var, eps, K, C, RELU, PRECISION,
+                BM, BN, BK, 1, RESIDUAL_BN,
+            )  # fmt: skip
 
 
 def launch_conv1x1(
@@ -80,12 +88,15 @@ def launch_conv1x1(
     """Launches :func:`conv1x1`: ``x [M, C]``, ``w [K, C]``, ``y`` and the residual ``[M, K]``, rows 16-byte strided.
 
     Raises:
-        ValueError: ``config.split`` exceeds the steps of the reduction, or ``y`` or the residual is not dense then.
+        ValueError: ``config.split`` exceeds the steps of the reduction, or ``y`` or the residual is not dense then, or
+            the residual is to be normalised.
     """
     (m, c), k = x.shape, w.shape[0]
     bm, bn, bk = config.bm, config.bn, config.bk
     describe = TensorDescriptor.from_tensor
     split, pdl = config.split, dependent_launch(config, x.device)
+    if split > 1 and operands.residual_bn is not None:
+        raise ValueError(f"the second kernel of split={split} does not normalise the residual; take split=1")
     out, out_box, fused = y, [bm, bn], operands
     if split > 1:  # the second kernel has the epilogue
         out, out_box, fused = new_parts(y, split, cdiv(c, bk)), [1, bm, bn], Operands()
@@ -97,8 +108,9 @@ def launch_conv1x1(
     count("conv1x1")
     conv1x1[(programs or tiles * split,)](
         describe(x, [bm, bk]), describe(w, [bn, bk]), describe(out, out_box),
-        None if residual is None else describe(residual, [bm, bn]), *fused.vectors,
+        None if residual is None else describe(residual, [bm, bn]), fused.residual_bn, *fused.vectors,
         m, k, C=c, RELU=fused.relu, PRECISION=precision, BM=bm, BN=bn, BK=bk, PROGRAMS=programs, SPLIT=split, PDL=pdl,
+        RESIDUAL_BN=fused.residual_bn is not None,
         num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
     if split > 1:

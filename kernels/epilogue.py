@@ -24,6 +24,8 @@ class Operands:
         bias: convolution bias.
         gamma, beta, mean, var, eps: batch normalisation; absent when ``var`` is None.
         relu: whether a ReLU comes last.
+        residual_bn: batch normalisation of the residual as it is loaded, or None (``conv1x1`` only): what
+            :attr:`vectors` gives.
     """
 
     residual: torch.Tensor | None = None
@@ -34,6 +36,7 @@ class Operands:
     var: torch.Tensor | None = None
     eps: float = 0.0
     relu: bool = False
+    residual_bn: tuple | None = None
 
     @property
     def vectors(self) -> tuple:

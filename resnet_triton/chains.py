@@ -163,7 +163,12 @@ def choose_chain(tail: Tail, dtype: torch.dtype, precision: str, target: Target,
 
     apart = apart_at(tail.last.n)
     alone = {name: plan.conv_bytes(*site, apart[name], size) for name, site in sites.items()}
-    options = [_Way(1.0, sum(alone.values()), _measured(apart.values()), None)]
+    share, moved = 1.0, sum(alone.values())
+    project = sites.get("project")
+    if project and plan.postpones_bn(project, sites["last"], dtype, precision, target, backend):
+        share -= cost.passes_us(*project, size, target) / _total(apart.values())
+        moved += project[0].bytes_moved(size) - alone["project"]
+    options = [_Way(share, moved, _measured(apart.values()), None)]
     for holds, shape in ways(tail):
         replaced = ("last", *holds)
         library = sum(cost.predict_unfused(*sites[name], dtype, precision, target).us for name in replaced)

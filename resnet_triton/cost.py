@@ -188,7 +188,7 @@ def predict_chain(
         per_column = CHAIN_ROLLING_INSTRUCTIONS + values * CHAIN_ROLLING_PER_VALUE
     if shape.project is not None:
         per_column += CHAIN_PRODUCT + values
-    per_step = CHAIN_PRODUCT if rolling else LOOP_INSTRUCTIONS
+    per_step: float = CHAIN_PRODUCT if rolling else LOOP_INSTRUCTIONS
     if again:
         per_step += CHAIN_PRODUCT + FIRST_PER_VALUE * bm * expand.c / (32 * config.warps)
     instructions = steps * per_step + columns * per_column + EPILOGUE_INSTRUCTIONS * tiles

@@ -110,14 +110,15 @@ def _units(first, second, third, project, reduce, subsample: int, pool: bool) ->
 
 
 def _tail_units(conv2, conv3, downsample, next, eps, geometry, subsample, pool) -> Units:
-    return _units(None, *split_units((conv2, conv3, downsample, next), eps, geometry), subsample, pool)
+    second, third, project, reduce = split_units((conv2, conv3, downsample, next), eps, geometry)
+    return _units(None, second, third, project, reduce, subsample, pool)
 
 
 def _block_units(conv1, conv2, conv3, downsample, next, eps, geometry, subsample, pool) -> Units:
-    units = split_units((conv1, conv2, conv3, downsample, next), eps, geometry)
-    if units[0] is None or units[1] is None or units[2] is None:
+    first, second, third, project, reduce = split_units((conv1, conv2, conv3, downsample, next), eps, geometry)
+    if first is None or second is None or third is None:
         raise ValueError("a bottleneck has conv1, conv2 and conv3; got an empty list for one of them")
-    return _units(*units, subsample, pool)
+    return _units(first, second, third, project, reduce, subsample, pool)
 
 
 def block_tail(t, shortcut, conv2, conv3, downsample, next, eps, geometry, subsample=1, pool=False):

@@ -236,6 +236,26 @@ def _choose_conv(
     return Choice(library, None, text, theirs, limit=unfused.limit)
 
 
+def postpones_bn(
+    project: tuple[ConvShape, Epilogue],
+    last: tuple[ConvShape, Epilogue],
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    backend: str,
+) -> bool:
+    """Whether a projection shortcut is the library's and its BN is left to the kernel that adds it.
+
+    Args:
+        project, last: shapes and epilogues of the projection and of the convolution to which it is added.
+        dtype, precision, target, backend: as in :func:`choose_conv`.
+    """
+    if not target.is_cuda or backend == "cudnn" or not (project[1].bn or project[1].bias):
+        return False
+    theirs, ours = (choose_conv(*site, dtype, precision, target, backend) for site in (project, last))
+    return theirs.realisation == library_of(target) and ours.realisation == "conv1x1" and ours.tiling.split == 1
+
+
 def conv_bytes(shape: ConvShape, epilogue: Epilogue, choice: Choice, itemsize: int) -> int:
     """Bytes through device memory of a convolution as chosen."""
     if choice.realisation == ONE_PASS:

@@ -247,13 +247,18 @@ def conv_step(
     stride: int,
     padding: int,
     dilation: int,
+    residual_bn: tuple[Vectors, float] | None = None,
 ) -> Tensor:
-    """Runs one convolution with its epilogue as planned; ``vectors`` are bias, gamma, beta, mean, var."""
+    """Runs one convolution with its epilogue as planned; ``vectors`` are bias, gamma, beta, mean, var.
+
+    ``residual_bn`` normalises the residual by vectors and eps of its own; only where :func:`.plan.postpones_bn` says so.
+    """
     shape, out_shape = conv_geometry(x.shape, weight.shape, stride, padding, dilation)
     check_types(x, weight)
     check_operands(x, weight, vectors, residual)
     check_residual(residual, out_shape, x.dtype)
-    epilogue = _epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu)
+    normalised = residual_bn is not None
+    epilogue = _epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu, normalised)
     precision = backend.dot_precision(x.dtype)
     if shape.n == 0 and not Recorder.active:
         return new_channels_last(x, *out_shape)
@@ -269,7 +274,8 @@ def conv_step(
         from .kernels.epilogue import Operands
 
         addend = None if residual is None else nhwc(residual)
-        operands = Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu)
+        later = None if residual_bn is None else (*dense_vectors(residual_bn[0]), residual_bn[1])
+        operands = Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu, residual_bn=later)
         launch_conv(nhwc(x), nhwc(weight), out.permute(0, 2, 3, 1), shape, operands, choice.tiling, precision)
 
     def eager() -> Tensor:

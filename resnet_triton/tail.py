@@ -71,17 +71,22 @@ def tail_step(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, poo
     last, conv, project, reduce, first = units
     chain = None if pool else _chain(t, shortcut, units, subsample)
     holds = chain.holds if chain else frozenset()
-    if project is not None and "project" not in holds:
-        shortcut = _conv(shortcut, project, relu=False)
+    residual_bn = None
+    postponed = project is not None and chain is None and not pool and _postpones_bn(t, shortcut, units)
     if first is not None and "first" not in holds:
         t = _conv(t, first)
+    if project is not None and "project" not in holds:
+        if postponed:
+            residual_bn = project.vectors, project.eps
+            project = project._replace(vectors=(None, None, None, None, None))
+        shortcut = _conv(shortcut, project, relu=False)
     if conv is not None and "conv" not in holds:
         t = _conv(t, conv)
     after = None
     if pool:
         return [_pooled(t, last, shortcut)]
     if chain is None:
-        y, step = _conv(t, last, shortcut), 1
+        y, step = _conv(t, last, shortcut, residual_bn=residual_bn), 1
     else:
         y, after = _run_chain(chain, t, shortcut, units)
         step = chain.shape.subsample
@@ -115,9 +120,15 @@ def tail_shapes(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, p
     return [new_channels_last(y, n, k, *size), *after]
 
 
-def _conv(x: Tensor, unit: Unit, residual: Tensor | None = None, relu: bool = True) -> Tensor:
+def _conv(
+    x: Tensor,
+    unit: Unit,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    residual_bn: tuple[Vectors, float] | None = None,
+) -> Tensor:
     weight, vectors, eps, (stride, padding, dilation) = unit
-    return conv_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation)
+    return conv_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation, residual_bn)
 
 
 # Chains
@@ -165,6 +176,27 @@ def _tail(
     return Tail(last, conv, project, reduce, epilogues[:4], subsample, first, epilogues[4])  # type: ignore[arg-type]
 
 
+def _sizes(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1) -> Tail:
+    return _tail(
+        t.shape,
+        shortcut.shape,
+        tuple(None if unit is None else unit.weight.shape for unit in units),
+        tuple(None if unit is None else unit.geometry for unit in units),
+        tuple((False, False) if unit is None else _has_bn_and_bias(unit) for unit in units),
+        subsample,
+    )
+
+
+def _postpones_bn(t: Tensor, shortcut: Tensor, units: Units) -> bool:
+    """Whether the projection's BN is left to the kernel that adds it."""
+    target = target_for(t)
+    if not target.is_cuda:
+        return False
+    sites = _sizes(t, shortcut, units).sites()
+    precision = backend.dot_precision(t.dtype)
+    return plan.postpones_bn(sites["project"], sites["last"], t.dtype, precision, target, backend.current_backend())
+
+
 def _chain(t: Tensor, shortcut: Tensor, units: Units, subsample: int) -> Chain | None:
     """The chain that runs, or None."""
     if not (backend.chains_allowed() or Recorder.active) or units.conv is None:
@@ -175,14 +207,7 @@ def _chain(t: Tensor, shortcut: Tensor, units: Units, subsample: int) -> Chain |
     if not target.tma:
         return None
     precision = backend.dot_precision(t.dtype)
-    tail = _tail(
-        t.shape,
-        shortcut.shape,
-        tuple(None if unit is None else unit.weight.shape for unit in units),
-        tuple(None if unit is None else unit.geometry for unit in units),
-        tuple((False, False) if unit is None else _has_bn_and_bias(unit) for unit in units),
-        subsample,
-    )
+    tail = _sizes(t, shortcut, units, subsample)
     if Recorder.active:
         Recorder.active.tails.append((units.last.weight, tail))
         if not backend.chains_allowed():
@@ -219,11 +244,16 @@ def _run_chain(chain: Chain, t: Tensor, shortcut: Tensor, units: Units) -> tuple
         name: Operand(nhwc(unit.weight), Operands(None, *dense_vectors(unit.vectors), eps=unit.eps))
         for name, unit in named.items()
     }
-    launch_chain(
-        nhwc(t), nhwc(shortcut), y.permute(0, 2, 3, 1), None if after is None else after.permute(0, 2, 3, 1),
-        ChainUnits(*(operands.get(name) for name in ("conv", "last", "project", "reduce", "first"))),
-        shape, choice.tiling, backend.dot_precision(t.dtype),
-    )  # fmt: skip
+    parts = ChainUnits(
+        operands.get("conv"),
+        operands["last"],
+        operands.get("project"),
+        operands.get("reduce"),
+        operands.get("first"),
+    )
+    out, out_next = y.permute(0, 2, 3, 1), None if after is None else after.permute(0, 2, 3, 1)
+    precision = backend.dot_precision(t.dtype)
+    launch_chain(nhwc(t), nhwc(shortcut), out, out_next, parts, shape, choice.tiling, precision)
     return y, after
 
 

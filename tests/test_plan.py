@@ -318,6 +318,18 @@ def test_a_librarys_convolution_gets_one_pass_behind_it_where_that_is_shorter() 
     assert choose(shape, backend="cudnn").realisation == "cudnn"
 
 
+def test_the_bn_of_the_librarys_projection_waits_for_a_kernel_that_adds_it() -> None:
+    def postpones(project: Epilogue = Epilogue(bn=True), batch: int = 256, backend: str = "auto") -> bool:  # noqa: B008
+        site, last = ConvShape(batch, 7, 7, 1024, 2048), ConvShape(batch, 7, 7, 512, 2048)
+        added = Epilogue(bn=True, residual=True, relu=True)
+        return plan.postpones_bn((site, project), (last, added), torch.bfloat16, "tf32", H200, backend)
+
+    assert postpones()
+    assert not postpones(Epilogue()), "there is nothing to wait"
+    assert not postpones(backend="cudnn") and not postpones(backend="triton")
+    assert not postpones(batch=1), "both run on kernels of this package there"
+
+
 # Steps that only move bytes
 
 

@@ -45,6 +45,24 @@ def test_exact_epilogues(epilogue: Epilogue) -> None:
     check_exact(conv_inputs(ConvShape(2, 5, 7, 24, 40), epilogue), config())
 
 
+@pytest.mark.parametrize("persistent", (0, 1))
+def test_exact_residual_with_a_bn_of_its_own(persistent: int) -> None:
+    shape = ConvShape(2, 5, 7, 24, 40)
+    inputs, other = conv_inputs(shape, FULL), conv_inputs(shape, FULL)
+    scale = torch.rsqrt(other.var.double() + other.eps) * other.gamma.double()
+    normalised = (inputs.residual.double() - other.mean.double()) * scale + other.beta.double()
+    expected = inputs.replaced(residual=normalised).expected()
+    y = torch.full((70, 40), float("nan"), dtype=torch.float16)
+    operands = Operands(
+        inputs.residual.view(70, 40), *inputs.vectors, inputs.eps, True, residual_bn=(*other.vectors, other.eps)
+    )
+    x, w = inputs.x.view(70, 24), inputs.w.view(40, 24)
+    launch_conv1x1(x, w, y, operands, config(16, 16, 16, persistent), "ieee")
+    identical(y, expected.view(70, 40))
+    with pytest.raises(ValueError, match="the second kernel of split=2 does not normalise the residual"):
+        launch_conv1x1(x, w, y, operands, ConvConfig("conv1x1", (1, 1, 16), 16, 16, split=2), "ieee")
+
+
 def test_exact_bn_without_gamma_and_beta() -> None:
     check_exact(conv_inputs(ConvShape(2, 5, 7, 24, 40), Epilogue(bn=True), affine=False), config())
 

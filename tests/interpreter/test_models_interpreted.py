@@ -24,8 +24,8 @@ def launches(row: Row) -> list[str]:
         return ["space_to_depth", "pack_stem_weight", "stem_pool"]
     if row.op.startswith("stem"):  # a TMA box has three sides
         return ["space_to_depth", "pack_stem_weight", *(["conv_tma"] * 2 if "x" in tile else ["conv_pointer"])]
-    if row.op.startswith("head"):
-        return ["global_avg_pool", "head"]
+    if row.op.startswith("head"):  # of one pixel: the average came before
+        return ["head"]
     return [row.realisation]
 
 
@@ -56,10 +56,17 @@ def check(model: nn.Module, x: Tensor, counts: Counter[str], make=convert) -> Co
 
 def test_resnet50_in_fp32(counts) -> None:
     ran = check(randomise(tv.resnet50(num_classes=12)), images(1, dtype=torch.float32), counts)
-    once = ("space_to_depth", "pack_stem_weight", "max_pool", "global_avg_pool")
-    assert [ran.pop(kernel) for kernel in once] == [1] * 4
+    once = ("space_to_depth", "pack_stem_weight", "global_avg_pool")
+    assert [ran.pop(kernel) for kernel in once] == [1] * 3
+    assert ran.pop("max_pool") == 1 + 3, "and the pixels that the projections of three stages read"
     assert ran.keys() == {"conv_tma", "conv1x1"}
     assert ran.total() == 2 + 52 + 1, "the stem's two phases, each convolution of a block, and the head"
+
+
+def test_resnet50_in_fp16_on_chains(counts) -> None:
+    ran = check(randomise(tv.resnet50(num_classes=16)).half(), images(1).half(), counts)
+    assert ran["stem_pool"] == 1 and ran["conv_chain"] + ran["chain_rolling"] == 13, "every block of three stages"
+    assert ran["conv_tma"] + ran["conv1x1"] < 15, "the fourth stage, and what does not fit a chain"
 
 
 def test_resnet18_in_fp16(counts) -> None:
@@ -86,7 +93,8 @@ def test_a_getter_with_taps(dtype: torch.dtype, counts) -> None:
     with torch.no_grad(), use_backend("triton"):
         out = convert(getter)(x)
     assert list(out) == ["stem", "out"]
-    assert counts.total() == 4 + 7, "the stem, tapped before the pooling, and the convolutions of the stage"
+    assert counts["conv_chain"] + counts["chain_rolling"] == 2, "a kernel for each block of the stage"
+    assert counts.total() == 4 + 2, "the stem, tapped before the pooling, is not one kernel with it"
     for name, value in out.items():
         no_worse_than(value, expected[name], exact[name])
 
