@@ -14,6 +14,10 @@ CASES = {
         chain(1, 8, 8, 16, 32, stride=2, project=(16, 2), reduce=16, subsample=2),
         ConvConfig("conv_chain", (1, 4, 4), 16, 16, 4, 2),
     ),
+    "conv_chain from the first 1x1": (
+        chain(1, 5, 6, 16, 32, project=(16, 1), first=True),
+        ConvConfig("conv_chain", (1, 8, 8), 16, 16, 4, 2),
+    ),
     "chain_rolling": (chain(1, 5, 8, 16, 32), ConvConfig("chain_rolling", (2, 3, 8), 16, 16, 4, 2)),
 }
 
