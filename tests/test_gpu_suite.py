@@ -245,6 +245,13 @@ def test_chains_of_a_real_visit() -> None:
     assert sanitized >= {*ALL_KERNELS, "bn_act", "max_pool", "fold_bn", "add_relu"}
 
 
+def test_where_chains_do_not_run_none_is_checked() -> None:
+    older = known_devices()["NVIDIA A100-SXM4-80GB"]
+    kernels = {row.kernel for row in (*check.rows(older), *check.sanitizer_rows(older))}
+    assert not kernels & {*CHAIN_KERNELS, *END_KERNELS, "conv_rolling"} and "conv_pointer" in kernels
+    assert not any("chain" in row.payload for row in tune.rows(older))
+
+
 def test_jobs_of_chains_are_their_real_launches() -> None:
     jobs = [job for job in precompile.distinct(check.compile_jobs(H200)) if "chain" in job]
     assert len(jobs) > 20

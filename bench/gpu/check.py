@@ -104,7 +104,7 @@ def dry_rows() -> list[Row]:
     found = [_conv(site, "float16", _planned(target, site, "float16"), False)[0] for site in convs]
     found += [_conv(site, "ieee", _pointer(site, "ieee"), True)[0] for site in convs[:1]]
     found += _op_rows(target, "float16", 1, 16, 16)
-    for kernel in CHAIN_KERNELS:
+    for kernel in _chain_kernels(target):
         chain, config = _small_chain(target, kernel, 2, 6, 7)
         found.append(_block("small", chain, "float16", kernel, config)[0])
     _, tail = next(bottleneck_tails(50, 2, 32))
@@ -124,9 +124,10 @@ def sanitizer_rows(target: Target) -> list[Row]:
         ConvSite("sanitizer 1x1", ConvShape(2, 7, 7, 64, 128), BN_ADD_RELU),
     ]
     found = [_conv(site, "bfloat16", _planned(target, site, "bfloat16"), False)[0] for site in small]
-    rolling = rolling_config(small[0].shape, target.multiprocessors)
-    found.append(_conv(small[0], "bfloat16", rolling, True)[0])
-    for kernel in CHAIN_KERNELS:
+    if target.tma:
+        rolling = rolling_config(small[0].shape, target.multiprocessors)
+        found.append(_conv(small[0], "bfloat16", rolling, True)[0])
+    for kernel in _chain_kernels(target):
         chain, config = _small_chain(target, kernel, 2, 15, 13)
         found.append(_block("small", chain, "bfloat16", kernel, config)[0])
     _, tail = next(bottleneck_tails(50, 2, 32))
@@ -198,7 +199,7 @@ def _tail(target: Target, name: str, tail: Tail, dtype: str, zero_last: bool = F
 def _chained(target: Target, name: str, tail: Tail, dtype: str) -> Iterator[Row]:
     """A block's end as one chain, however it is planned."""
     whole = chains.chain_shape(tail, frozenset(name for name in OTHERS if getattr(tail, name)))
-    if whole is not None:
+    if whole is not None and _chain_kernels(target):
         for config in chains.configs_of(whole, torch_dtype(dtype), target)[:1]:
             yield _block(name, whole, dtype, config.kernel, config)[0]
 
@@ -229,9 +230,14 @@ def _odd_blocks(target: Target, dtype: str) -> Iterator[Work]:
     """Images of 225 x 225 pixels, and each kernel of chains on few pixels that fill no tile."""
     for name, tail in list(bottleneck_tails(50, BATCH, 225))[:4]:
         yield from _tail(target, f"resnet50.{name} of 225x225", tail, dtype)
-    for kernel in CHAIN_KERNELS:
+    for kernel in _chain_kernels(target):
         shape, config = _small_chain(target, kernel, 5, 15, 13)
         yield _block("small", shape, dtype, kernel, config)
+
+
+def _chain_kernels(target: Target) -> tuple[str, ...]:
+    """The kernels of chains that run on a target."""
+    return () if chains.refusal_of_chains(target, torch.bfloat16, "tf32") else CHAIN_KERNELS
 
 
 def _small_chain(target: Target, kernel: str, n: int, h: int, w: int) -> tuple[ChainShape, ConvConfig]:
@@ -315,7 +321,7 @@ def _repeats(target: Target) -> Iterator[Work]:
     ):
         site = ConvSite("repeat", shape, epilogue)
         yield _repeat(site, _planned(target, site, "float16"), 20), []
-    for kernel in CHAIN_KERNELS:
+    for kernel in _chain_kernels(target):
         chain, config = _small_chain(target, kernel, BATCH, 56, 56)
         row, jobs = _block("repeat", chain, "bfloat16", kernel, config)
         payload = {**row.payload, "what": "repeat block", "times": 20}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from resnet_triton import cost
-from resnet_triton.chains import bottleneck_tails
+from resnet_triton.chains import bottleneck_tails, refusal_of_chains
 from resnet_triton.devices import Target, known_devices, target_of
 from resnet_triton.entries import AnyEntry, ChainEntry, Entry
 from resnet_triton.journal import Journal
@@ -75,7 +75,8 @@ def sites(depth: int, batch: int, dtype: str, target: Target) -> list[AnySite]:
         us = cost.predict_unfused(shape, epilogue, kind, "tf32", target).us
         site, same = Site(shape, epilogue, kind, "tf32", (name,), us), (shape, epilogue.residual)
         convs[same] = convs[same].joined(site) if same in convs else site
-    tails = bottleneck_tails(depth, batch, 224) if (depth, batch, dtype) in CHAINED else ()
+    chained = (depth, batch, dtype) in CHAINED and not refusal_of_chains(target, kind, "tf32")
+    tails = bottleneck_tails(depth, batch, 224) if chained else ()
     gains = [(name, *found) for name, tail in tails for found in chain_gains(tail, kind, target)]
     found = [ChainSite(shape, kind, (name,), gain=gain) for name, shape, gain in gains if gain > 0]
     return merged([*convs.values(), *found])
