@@ -34,8 +34,8 @@ MOST_SPLITS = 16
 class Epilogue:
     """What follows the convolution in the same kernel: ``relu((acc + bias) * scale + shift + residual)``.
 
-    ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` when ``bn`` is set. With ``residual_bn``, the
-    residual has a BN of its own, applied as it is added (``conv1x1`` only).
+    ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` when ``bn`` is set. With ``residual_bn``
+    (``conv1x1`` only) the residual has a BN of its own, applied as it is added.
     """
 
     bn: bool = False

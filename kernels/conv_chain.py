@@ -26,9 +26,8 @@ pixels as left operand from registers.
 Read off the machine code for sm_90, bf16 and ResNet-50's blocks, none of which spills (registers; shared memory; issue
 pressure of the 3x3 and behind it): CM = 64, 128 pixels, BN = 64, 4 warps 166; 97 KB; 0.38, 0.97, two programs on a
 multiprocessor. CM = 128, the same tile: 250; 145 KB; 0.23, 0.52. CM = 256, 128 pixels, BN = 32, 8 warps: 250; 185 KB;
-0.24, 0.63. With the first 1x1 and a projection of 64 channels, CM = 64, 128 pixels: BN = 64, 4 warps 229; 114 KB; 0.59,
-0.69, one program on a multiprocessor; BN = 32, 4 warps 212; 96 KB; 0.60, 1.10, two. Without the reduction, the compiler
-does not load the shortcut ahead: only other programs hide its latency.
+0.24, 0.63. With the first 1x1 and a projection of 64 channels, CM = 64: 256 pixels, BN = 32, 8 warps 212; 120 KB; 0.61,
+1.10. Without the reduction, the compiler does not load the shortcut ahead: only other programs hide its latency.
 """
 
 from __future__ import annotations
@@ -85,14 +84,16 @@ def conv_chain(
         h = t.load([n0, p0, q0, 0]).reshape(BM, CM)
     else:
         CHUNKS: tl.constexpr = 1 if w_first is not None else C // BK
+        LAG: tl.constexpr = 1 if w_first is not None else 0
         if w_first is not None:
             first = w_first.load([0, 0])
             scale, shift = bn_scale_shift(tl.arange(0, BK), BK, *bn_first)
             i = tl.arange(0, BM)
             row = (p0 + i // TW % TH) * STRIDE
             column = (q0 + i % TW) * STRIDE
+            ready = tl.zeros((BM, BK), t.dtype)
         acc = tl.zeros((CM, BM), tl.float32)
-        for step in range(R * S * CHUNKS):
+        for step in range(R * S * CHUNKS + LAG):
             tap = step // CHUNKS
             c0 = step % CHUNKS * BK
             dh = tap // S * DIL - PAD
@@ -103,13 +104,17 @@ def conv_chain(
                 a = t.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0])
             a = a.reshape(BM, a.shape[-1])
             if w_first is not None:
-                squeezed = product(first, a, None, True, PRECISION) * scale[:, None]
                 # The 3x3 is padded with zeros, not with what the first 1x1 makes of zeros. The product of those is zero
                 # (as long as the parameters are finite), so leaving out the shift is enough.
                 inside = (row + dh >= 0) & (row + dh < H) & (column + dw >= 0) & (column + dw < W)
+                squeezed = product(first, a, None, True, PRECISION) * scale[:, None]
                 squeezed += tl.where(inside[None, :], shift[:, None], 0.0)
-                a = relu(squeezed).to(t.dtype).T
-            acc = product(w_conv.load([0, step * BK]), a, acc, True, PRECISION)
+                # The 3x3 lags by a tap: a product that feeds another in the same step would be spread over its rows
+                # only, and eight warps would compute the 64 filters of the first 1x1 twice.
+                acc = product(w_conv.load([0, (step - 1) * BK]), ready, acc, True, PRECISION)
+                ready = relu(squeezed).to(t.dtype).T
+            else:
+                acc = product(w_conv.load([0, step * BK]), a, acc, True, PRECISION)
         h = relu(normalised(acc, tl.arange(0, CM), CM, bn_conv, True)).to(t.dtype).T
     if w_project is not None:
         if PROJECT_STRIDE == 1:
@@ -154,9 +159,8 @@ def conv_chain(
 
 #: Pixels of a tile, expanded channels of a step, warps.
 TILES = ((256, 64, 8), (256, 32, 8), (128, 64, 4), (128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4))
-#: The same with the first 1x1. Eight warps would compute its 64 filters twice: a product that feeds another in the same
-#: step is spread over its rows only.
-TILES_FIRST = ((128, 64, 4), (128, 32, 4), (64, 64, 4))
+#: The same with the first 1x1.
+TILES_FIRST = ((256, 32, 8), (128, 64, 4), (128, 32, 4), (64, 64, 4))
 #: Values per thread that leave room for addresses and the epilogue: with at most so many, none of the programs seen
 #: spills or waits for each of its matrix instructions.
 VALUES = 224

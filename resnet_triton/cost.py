@@ -169,7 +169,7 @@ def predict_chain(
         rows = tiles + 2 if rolling else 1  # two more than are stored
         filters, steps = shape.conv.weights, rows * taps * cdiv(c, config.bk)
         if shape.first is not None:  # computed anew for each tap
-            c, again = shape.first.c, taps * shape.first.weights
+            c, again, steps = shape.first.c, taps * shape.first.weights, steps + 1  # the 3x3 lags by a tap
             staged = bm * taps * shape.conv.c
         loaded = bm * c * (3 * rows if rolling else taps)
     pointwise = sum(conv.weights for conv in (expand, shape.project, shape.reduce) if conv is not None)

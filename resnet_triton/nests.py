@@ -67,5 +67,7 @@ def _chain(shape: ChainShape, config: ConvConfig) -> tuple[Loop, ...]:
     if config.kernel == "chain_rolling":
         rows = config.box[1]
         return (Loop(rows + 2, 9 * bm * conv.k * conv.c, (pointwise,), taken=rows),)
-    before = shape.first.weights if shape.first else 0  # anew for each tap
-    return Loop(conv.r * conv.s * cdiv(conv.c, bk), bm * (conv.k * bk + before)), pointwise
+    taps = conv.r * conv.s * cdiv(conv.c, bk)
+    if shape.first is None:
+        return Loop(taps, bm * conv.k * bk), pointwise
+    return Loop(taps + 1, bm * (conv.k * bk + shape.first.weights)), pointwise  # anew for each tap, which it precedes
