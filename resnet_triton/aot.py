@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,9 @@ def _samples(kernels: _Kernels) -> Iterator[Case]:
     )
     for label, shape, epilogue in shapes:
         yield from kernels.conv(ConvSite(label, shape, epilogue), f"{label} batch {batch}")
+    if kernels.dtype.itemsize == 2 and kernels.target.tma:
+        shape, epilogue = ConvShape(256, 7, 7, 512, 2048), replace(BN_ADD_RELU, residual_bn=True)
+        yield from kernels.conv(ConvSite("1x1", shape, epilogue), "1x1 that normalises its shortcut batch 256")
     seen = set()
     for name, chain in _chains(kernels, batch):
         for config in chains.configs_of(chain, kernels.dtype, kernels.target):
@@ -177,6 +181,7 @@ def _samples(kernels: _Kernels) -> Iterator[Case]:
     if kernels.precision == "tf32":  # the rest has no products
         yield from kernels.max_pool(batch)
         yield from kernels.add_relu(batch)
+        yield from kernels.bn_act(batch)
         yield from kernels.fold_bn()
 
 
@@ -317,6 +322,17 @@ class _Kernels:
         x = _meta(batch, 56, 56, 256, dtype=self.dtype)
         for launch in self._trace(lambda: launch_add_relu(x, x, x)):
             yield self._case(launch, f"add and ReLU batch {batch}", 3 * x.nbytes, x.numel())
+
+    def bn_act(self, batch: int) -> Iterator[Case]:
+        """The pass behind a library's convolution, without and with a shortcut."""
+        from .kernels.bn_act import launch_bn_act
+
+        for epilogue in (BN_RELU, BN_ADD_RELU):
+            y, residual = (_meta(batch, 7, 7, 512, dtype=self.dtype) for _ in range(2))
+            moved = (2 + epilogue.residual) * y.nbytes
+            for launch in self._trace(partial(launch_bn_act, y, _operands(epilogue, 512, residual))):
+                label = f"behind a library's convolution batch {batch}"
+                yield self._case(launch, label, moved, y.numel(), epilogue=epilogue)
 
     def fold_bn(self) -> Iterator[Case]:
         from .kernels.batch_norm import launch_fold_bn

@@ -284,7 +284,8 @@ def conv_launches(
     bias = meta(shape.k, of=vectors) if epilogue.bias else None
     gamma, beta, mean, var = (meta(shape.k, of=vectors) if epilogue.bn else None for _ in range(4))
     residual = torch.empty_like(y) if epilogue.residual else None
-    operands = Operands(residual, bias, gamma, beta, mean, var, 1e-5, epilogue.relu)
+    later = (None, *(meta(shape.k, of=vectors) for _ in range(4)), 1e-5) if epilogue.residual_bn else None
+    operands = Operands(residual, bias, gamma, beta, mean, var, 1e-5, epilogue.relu, later)
     return trace(lambda: launch_conv(x, w, y, shape, operands, config, precision), multiprocessors)
 
 

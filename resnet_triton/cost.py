@@ -161,8 +161,8 @@ def predict_chain(
     if rolling:
         programs = count_strips(config, expand)
     tiles = th if rolling else 1  # of BM pixels that a program computes, one after another
-    # elements of the first input, weights and steps of the 3x3, multiply-adds of the 1x1 before it for a pixel, elements
-    # that pass through shared memory besides operands
+    # elements of the first input, weights and steps of the 3x3, multiply-adds of the 1x1 before it for a pixel, and
+    # elements that pass through shared memory besides operands
     loaded, filters, steps, again, staged = bm * tiles * expand.c, 0, 0, 0, 0
     if shape.conv is not None:
         c, taps = shape.conv.c, shape.conv.r * shape.conv.s

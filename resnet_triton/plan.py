@@ -250,8 +250,8 @@ def postpones_bn(
         project, last: shapes and epilogues of the projection and of the convolution to which it is added.
         dtype, precision, target, backend: as in :func:`choose_conv`.
     """
-    if not target.is_cuda or backend == "cudnn" or not (project[1].bn or project[1].bias):
-        return False
+    if not target.is_cuda or backend == "cudnn" or dtype.itemsize != 2 or not (project[1].bn or project[1].bias):
+        return False  # in fp32 the kernel would spill
     theirs, ours = (choose_conv(*site, dtype, precision, target, backend) for site in (project, last))
     return theirs.realisation == library_of(target) and ours.realisation == "conv1x1" and ours.tiling.split == 1
 

@@ -251,7 +251,7 @@ def conv_step(
 ) -> Tensor:
     """Runs one convolution with its epilogue as planned; ``vectors`` are bias, gamma, beta, mean, var.
 
-    ``residual_bn`` normalises the residual by vectors and eps of its own; only where :func:`.plan.postpones_bn` says so.
+    ``residual_bn`` normalises the residual by vectors and eps of its own, where :func:`.plan.postpones_bn` says so.
     """
     shape, out_shape = conv_geometry(x.shape, weight.shape, stride, padding, dilation)
     check_types(x, weight)
