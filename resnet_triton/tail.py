@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backend, chains, plan
 from .chains import Chain, Tail
+from .devices import Target
 from .kernels.config import Epilogue
 from .kernels.geometry import cdiv
 from .steps import (
@@ -69,14 +70,15 @@ def tail_step(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1, poo
         The block's output; and that of ``units.reduce``, if it is there.
     """
     last, conv, project, reduce, first = units
-    chain = None if pool else _chain(t, shortcut, units, subsample)
+    decision = _decision(t, shortcut, units, subsample, pool)
+    chain = decision.chain if decision else None
     holds = chain.holds if chain else frozenset()
     residual_bn = None
-    postponed = project is not None and chain is None and not pool and _postpones_bn(t, shortcut, units)
     if first is not None and "first" not in holds:
         t = _conv(t, first)
     if project is not None and "project" not in holds:
-        if postponed:
+        if decision is not None and decision.bn_waits:
+            check_operands(shortcut, project.weight, project.vectors, None)
             residual_bn = project.vectors, project.eps
             project = project._replace(vectors=(None, None, None, None, None))
         shortcut = _conv(shortcut, project, relu=False)
@@ -138,7 +140,6 @@ def _has_bn_and_bias(unit: Unit) -> tuple[bool, bool]:
     return unit.vectors[4] is not None, unit.vectors[0] is not None
 
 
-@functools.lru_cache(maxsize=1024)
 def _tail(
     t: torch.Size,
     shortcut: torch.Size,
@@ -176,8 +177,42 @@ def _tail(
     return Tail(last, conv, project, reduce, epilogues[:4], subsample, first, epilogues[4])  # type: ignore[arg-type]
 
 
-def _sizes(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1) -> Tail:
-    return _tail(
+class _Decision(NamedTuple):
+    """What was decided for the end of a block.
+
+    Args:
+        tail: its sizes.
+        chain: the convolutions that share a kernel, or None.
+        bn_waits: whether the projection is the library's and its BN is left to the kernel that adds it.
+    """
+
+    tail: Tail
+    chain: Chain | None
+    bn_waits: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _decide(sizes: tuple, pool: bool, chained: bool, dtype: torch.dtype, precision: str, target: Target, backend: str):
+    """The decision for the sizes that :func:`_tail` takes."""
+    tail = _tail(*sizes)
+    chain = None
+    if chained and not pool and tail.conv is not None:
+        chain = chains.choose_chain(tail, dtype, precision, target, backend)
+    sites = tail.sites()
+    apart = chain is None and not pool and tail.project is not None
+    waits = apart and plan.postpones_bn(sites["project"], sites["last"], dtype, precision, target, backend)
+    return _Decision(tail, chain, waits)
+
+
+plan.CLEARED.append(_decide.cache_clear)
+
+
+def _decision(t: Tensor, shortcut: Tensor, units: Units, subsample: int, pool: bool) -> _Decision | None:
+    """What is decided where something can be: None without TMA, and for an empty batch."""
+    target = target_for(t)
+    if not target.tma or (t.shape[0] == 0 and not Recorder.active):
+        return None
+    sizes = (
         t.shape,
         shortcut.shape,
         tuple(None if unit is None else unit.weight.shape for unit in units),
@@ -185,34 +220,11 @@ def _sizes(t: Tensor, shortcut: Tensor, units: Units, subsample: int = 1) -> Tai
         tuple((False, False) if unit is None else _has_bn_and_bias(unit) for unit in units),
         subsample,
     )
-
-
-def _postpones_bn(t: Tensor, shortcut: Tensor, units: Units) -> bool:
-    """Whether the projection's BN is left to the kernel that adds it."""
-    target = target_for(t)
-    if not target.is_cuda:
-        return False
-    sites = _sizes(t, shortcut, units).sites()
-    precision = backend.dot_precision(t.dtype)
-    return plan.postpones_bn(sites["project"], sites["last"], t.dtype, precision, target, backend.current_backend())
-
-
-def _chain(t: Tensor, shortcut: Tensor, units: Units, subsample: int) -> Chain | None:
-    """The chain that runs, or None."""
-    if not (backend.chains_allowed() or Recorder.active) or units.conv is None:
-        return None
-    if t.shape[0] == 0 and not Recorder.active:
-        return None
-    target = target_for(t)
-    if not target.tma:
-        return None
-    precision = backend.dot_precision(t.dtype)
-    tail = _sizes(t, shortcut, units, subsample)
-    if Recorder.active:
-        Recorder.active.tails.append((units.last.weight, tail))
-        if not backend.chains_allowed():
-            return None
-    return chains.choose_chain(tail, t.dtype, precision, target, backend.current_backend())
+    precision, chained = backend.dot_precision(t.dtype), backend.chains_allowed()
+    found = _decide(sizes, pool, chained, t.dtype, precision, target, backend.current_backend())
+    if Recorder.active and found.tail.conv is not None:
+        Recorder.active.tails.append((units.last.weight, found.tail))
+    return found
 
 
 def _run_chain(chain: Chain, t: Tensor, shortcut: Tensor, units: Units) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_triton import chains, functional, reference, tail, use_backend
+from resnet_triton import chains, functional, plan, reference, tail, use_backend
 from resnet_triton.functional import ConvBN
 from tests.comparers import identical, no_worse_than
 
@@ -18,8 +18,11 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def _kernels():
+    """Decisions are remembered; what a test makes of them must not be."""
+    plan.forget()
     with torch.no_grad(), use_backend("triton"):
         yield
+    plan.forget()
 
 
 def unit(k: int, c: int, kernel: int = 1, stride: int = 1, dtype: torch.dtype = torch.float16) -> ConvBN:
@@ -125,7 +128,8 @@ def test_a_projections_bn_may_wait_until_it_is_added(counts: Counter, monkeypatc
     second, third, project = unit(32, 32, 3), unit(64, 32), unit(64, 16)
     expected = functional.block_tail(x, shortcut, second, third, downsample=project)[0]
     counts.clear()
-    monkeypatch.setattr(tail, "_postpones_bn", lambda *_: True)
+    decide = tail._decide
+    monkeypatch.setattr(tail, "_decide", lambda *args: decide(*args)._replace(chain=None, bn_waits=True))
     out = functional.block_tail(x, shortcut, second, third, downsample=project)[0]
     assert counts["conv1x1"] == 2 and counts.total() == 3
 
