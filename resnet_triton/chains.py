@@ -253,7 +253,7 @@ def _choose(
 
     Returns:
         The choice; whether it beats the library, clearly so unless it was measured here; and the batch that its time is
-        of. None where there is no kernel.
+        of. None where there is no kernel, or without a measurement less than a program for each multiprocessor.
     """
     batch = shape.expand.n
 
@@ -275,7 +275,12 @@ def _choose(
         wins = entry.us <= CLEAR_WIN * entry.library_us
         text = f"unmeasured here; {entry.us:.1f} us against {entry.library_us:.1f} us by cudnn on {name}"
     else:
-        configs = configs_of(shape, dtype, target)
+        # the convolutions of a chain come one after another: where it leaves multiprocessors idle, it does so for all
+        configs = [
+            config
+            for config in configs_of(shape, dtype, target)
+            if cost.chain_programs(shape, config) >= target.multiprocessors
+        ]
         if not configs:
             return None
         ours, config = min(((predicted(config), config) for config in configs), key=lambda pair: pair[0].us)

@@ -147,6 +147,15 @@ def workspace_bytes(config: ConvConfig, shape: ConvShape) -> int:
     return 2 * 4 * config.split * shape.m * shape.k if config.split > 1 else 0
 
 
+def chain_programs(shape: ChainShape, config: ConvConfig) -> int:
+    """Programs of a chain's launch."""
+    tn, th, tw = config.box
+    expand = shape.expand
+    if config.kernel in ROLLING_KERNELS:
+        return count_strips(config, expand)
+    return cdiv(expand.n, tn) * cdiv(expand.p, th) * cdiv(expand.q, tw)
+
+
 def predict_chain(
     shape: ChainShape, config: ConvConfig, dtype: torch.dtype, precision: str, target: Target
 ) -> Prediction:
@@ -155,12 +164,9 @@ def predict_chain(
     What a strip's programs wait for that nothing overlaps is in ``extra``.
     """
     size, bm, bn = dtype.itemsize, config.bm, config.bn
-    tn, th, tw = config.box
     expand, rolling = shape.expand, config.kernel in ROLLING_KERNELS
-    programs = cdiv(expand.n, tn) * cdiv(expand.p, th) * cdiv(expand.q, tw)
-    if rolling:
-        programs = count_strips(config, expand)
-    tiles = th if rolling else 1  # of BM pixels that a program computes, one after another
+    programs = chain_programs(shape, config)
+    tiles = config.box[1] if rolling else 1  # of BM pixels that a program computes, one after another
     # elements of the first input, weights and steps of the 3x3, multiply-adds of the 1x1 before it for a pixel, and
     # elements that pass through shared memory besides operands
     loaded, filters, steps, again, staged = bm * tiles * expand.c, 0, 0, 0, 0
