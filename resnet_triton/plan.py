@@ -26,6 +26,7 @@ logger = logging.getLogger("resnet_triton")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONE_PASS = "cudnn+bn_act"  # the library's convolution, and this package's pass behind it
 CLEAR_WIN = 0.8  # an unmeasured kernel must be predicted to need at most this share of the library's time
+NO_OVERLAP = "the driver refuses the tensor map of one kernel for the stem and its max-pool"
 #: Whether convolutions without a measurement are measured at their first call. Read at import.
 AUTOTUNE = os.environ.get("RESNET_TRITON_AUTOTUNE", "0") not in ("", "0")
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}  # on the command line
@@ -172,6 +173,7 @@ def forget() -> None:
 
 def _clear() -> None:
     _choose_conv.cache_clear()
+    _choose_stem_pool.cache_clear()
     for clear in CLEARED:
         clear()
 
@@ -315,12 +317,30 @@ def _choose_stem_pool(shape: ConvShape, dtype: torch.dtype, target: Target, back
     return Choice("stem_pool", config, f"{forced}unmeasured; {text}", ours.us, limit=ours.limit)
 
 
+_no_overlap: set[str] = set()
+
+
+def refuses_overlap(target: Target, error: RuntimeError) -> bool:
+    """Whether an error says that the driver refuses ``stem_pool``'s tensor map, whose rows overlap.
+
+    That is said once, and the kernel is not planned on this device again.
+    """
+    if "invalid argument" not in str(error) or target.name in _no_overlap:
+        return False
+    _no_overlap.add(target.name)
+    _clear()
+    logger.warning("%s: %s (%s); they run one after the other", target.name, NO_OVERLAP, error)
+    return True
+
+
 def _why_stem_apart(shape: ConvShape, dtype: torch.dtype, target: Target) -> str | None:
     """Why one kernel cannot compute the stem with its max-pool, or None."""
     if not target.tma:
         return "one kernel for both needs a tensor memory accelerator"
     if target.sm >= 100:
         return f"one kernel for both was fitted to the registers of sm_90, this is sm_{target.sm}"
+    if target.name in _no_overlap:
+        return NO_OVERLAP
     if dtype == torch.float32:
         return "one kernel for both has no room for fp32 in its registers"
     if shape.k > 64:

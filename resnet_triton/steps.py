@@ -324,7 +324,8 @@ def stem_step(x, weight, vectors: Vectors, norm_mean, norm_std, eps, out_shape, 
     epilogue = Epilogue(vectors[4] is not None, vectors[0] is not None, False, True)
     dtype, size = weight.dtype, weight.element_size()
     precision = backend.dot_precision(dtype)
-    choice = plan.choose_stem(shape, epilogue, dtype, target_for(x), backend.current_backend(), precision, pool)
+    target = target_for(x)
+    choice = plan.choose_stem(shape, epilogue, dtype, target, backend.current_backend(), precision, pool)
     pooled = choice.realisation == "stem_pool"
 
     def launch(y: Tensor) -> None:
@@ -356,7 +357,12 @@ def stem_step(x, weight, vectors: Vectors, norm_mean, norm_std, eps, out_shape, 
         return new_channels_last(x, n, k, height, width, dtype)
 
     op = "stem+pool" if pooled else "stem"
-    y = run(op, choice, allocate, launch, eager, moved, weight=weight, shape=shape, epilogue=epilogue)
+    try:
+        y = run(op, choice, allocate, launch, eager, moved, weight=weight, shape=shape, epilogue=epilogue)
+    except RuntimeError as error:
+        if not pooled or not plan.refuses_overlap(target, error):
+            raise
+        return stem_step(x, weight, vectors, norm_mean, norm_std, eps, out_shape, pool)
     return max_pool_step(y, 3, 2, 1) if pool and not pooled else y
 
 

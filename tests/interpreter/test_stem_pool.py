@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_triton import functional, plan, reference, use_backend
 from resnet_triton.kernels import stem, stem_pool
 from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.kernels.epilogue import Operands
@@ -151,3 +152,32 @@ def test_configs() -> None:
     assert stem_pool.stem_pool_configs(1, 64, 2)
     assert not stem_pool.stem_pool_configs(112, 128, 2), "registers hold 64 filters"
     assert not stem_pool.stem_pool_configs(112, 64, 4), "fp32 spills"
+
+
+def test_a_driver_that_refuses_the_overlapping_map(monkeypatch: pytest.MonkeyPatch, caplog, counts) -> None:
+    """The stem and its max-pool then run one after the other, which is said once."""
+    monkeypatch.setattr(plan, "_no_overlap", set())
+    x, weight = torch.randn(2, 3, 40, 40).half(), (torch.randn(16, 3, 7, 7) / 12).half()
+
+    def refuse(error: str):
+        def launch(*_: object) -> None:
+            raise RuntimeError(error)
+
+        monkeypatch.setattr("resnet_triton.kernels.stem_pool.launch_stem_pool", launch)
+
+    try:
+        with torch.no_grad(), use_backend("triton"):
+            expected = functional.stem(x, weight)
+            refuse("out of memory")
+            with pytest.raises(RuntimeError, match="out of memory"):
+                functional.stem(x, weight)
+            refuse("Triton Error [CUDA]: invalid argument")
+            counts.clear()
+            y = functional.stem(x, weight)
+            assert counts["stem_pool"] == 0 and counts["max_pool"] == 1
+            no_worse_than(y, expected, reference.stem(x.double(), weight.double()))
+            functional.stem(x, weight)
+        assert len([r for r in caplog.records if "refuses the tensor map" in r.message]) == 1
+    finally:
+        monkeypatch.undo()
+        plan.forget()
