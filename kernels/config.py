@@ -19,9 +19,11 @@ KERNELS = ("conv_tma", "conv1x1", "conv_pointer", "conv_rolling")
 CHAIN_KERNELS = ("conv_chain", "chain_rolling")
 #: Kernels at the ends of a network.
 END_KERNELS = ("conv1x1_pool", "stem_pool")
+#: Kernels of a training step.
+TRAIN_KERNELS = ("conv_stats", "dgrad", "wgrad", "expand", "gram_dgrad")
 ALL_KERNELS = KERNELS + CHAIN_KERNELS + END_KERNELS
 #: Kernels that see the output pixels as one row.
-FLAT_KERNELS = ("conv1x1", "conv_pointer", "conv1x1_pool")
+FLAT_KERNELS = ("conv1x1", "conv_pointer", "conv1x1_pool", "gram_dgrad")
 #: Kernels whose program walks down a strip of rows: the box is ``(images, rows of the strip, columns)``.
 ROLLING_KERNELS = ("conv_rolling", "chain_rolling", "stem_pool")
 #: Kernels that can share a tile's reduction among programs, and those that can be launched dependently.
@@ -57,7 +59,7 @@ class ConvConfig:
     """Tiling of one convolution kernel, or of one chain of convolutions.
 
     Args:
-        kernel: one of :data:`ALL_KERNELS`.
+        kernel: one of :data:`ALL_KERNELS` or :data:`TRAIN_KERNELS`.
         box: output pixels of a tile as ``(images, rows, columns)``; ``BM`` is their product. :data:`FLAT_KERNELS` see
             the pixels as one row and use ``(1, 1, BM)``. A program of a rolling kernel walks down
             ``rows``, any number of them, one row of tiles at a time: there ``BM`` is ``images * columns``.
@@ -80,8 +82,8 @@ class ConvConfig:
     pdl: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel not in ALL_KERNELS:
-            raise ValueError(f"kernel={self.kernel!r} is unknown; allowed: {', '.join(ALL_KERNELS)}")
+        if self.kernel not in ALL_KERNELS + TRAIN_KERNELS:
+            raise ValueError(f"kernel={self.kernel!r} is unknown; allowed: {', '.join(ALL_KERNELS + TRAIN_KERNELS)}")
         box = tuple(self.box)
         if len(box) != 3 or not all(isinstance(side, int) and side > 0 for side in box):
             raise ValueError(f"box={self.box!r} must be (images, rows, columns), positive ints")
