@@ -30,6 +30,8 @@ ROLLING_KERNELS = ("conv_rolling", "chain_rolling", "stem_pool")
 SPLIT_KERNELS = ("conv_tma", "conv1x1")
 PDL_KERNELS = (*SPLIT_KERNELS, "conv_pointer")
 MOST_SPLITS = 16
+#: Programs that can share the pixels of one block of a weight gradient.
+MOST_WGRAD_SPLITS = 1024
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class ConvConfig:
         bk: channels of one step of the reduction.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         persistent: programs per multiprocessor that walk over the tiles (``conv1x1`` only); 0 is one program a tile.
-        split: programs that share the reduction of a tile; a second kernel adds their sums (:data:`SPLIT_KERNELS`).
+        split: programs that share the reduction of a tile; a second kernel adds their sums (:data:`SPLIT_KERNELS` and
+            ``wgrad``).
         pdl: launched before the kernel in front has finished, from sm_90 on (:data:`PDL_KERNELS`).
     """
 
@@ -99,11 +102,12 @@ class ConvConfig:
             raise ValueError(f"persistent must be programs per multiprocessor or 0, got {self.persistent!r}")
         if self.persistent and self.kernel != "conv1x1":
             raise ValueError(f"persistent={self.persistent} is for conv1x1, got kernel={self.kernel!r}")
-        if type(self.split) is not int or not 1 <= self.split <= MOST_SPLITS:
-            raise ValueError(f"split must be an int from 1 to {MOST_SPLITS}, got {self.split!r}")
-        if self.split > 1 and (self.kernel not in SPLIT_KERNELS or self.persistent):
+        most = MOST_WGRAD_SPLITS if self.kernel == "wgrad" else MOST_SPLITS
+        if type(self.split) is not int or not 1 <= self.split <= most:
+            raise ValueError(f"split must be an int from 1 to {most}, got {self.split!r}")
+        if self.split > 1 and (self.kernel not in (*SPLIT_KERNELS, "wgrad") or self.persistent):
             raise ValueError(
-                f"split={self.split} is for {' and '.join(SPLIT_KERNELS)} that are not persistent, "
+                f"split={self.split} is for {', '.join(SPLIT_KERNELS)} that are not persistent and wgrad, "
                 f"got kernel={self.kernel!r}, persistent={self.persistent}"
             )
         if not isinstance(self.pdl, bool):

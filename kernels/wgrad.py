@@ -1,0 +1,314 @@
+"""Gradient of a convolution's weights, and the Gram matrix of an activation: products of pixels with pixels.
+
+    dw[k,r,s,c] = sum over n,p,q of d[n,p,q,k] * h[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c]
+    sums[k]     = sum over n,p,q of d[n,p,q,k]
+    gram        : s2 = sum of h h^T, s1 = sum of h: the same with both operands equal
+
+d is the gradient behind its prologue, h the input behind its own. A program owns a block of output channels, a block of
+input channels and a group of filter taps, walks over its share of the boxes of pixels and keeps one accumulator
+``[BC, BN]`` (the transposed gradient) for each tap in registers. Boxes and padding are those of ``conv_tma``.
+
+With stride 1, tap (r, s) needs pairs of pixels that are (r, s) apart, whichever of the two is shifted. So the input's
+box moves with r and the gradient's box with s: RT x ST taps need RT + ST boxes. Otherwise the input's moves with both.
+
+The shares are added in a fixed order by ``sum_parts``: no atomics, results repeat bitwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import ConvConfig
+from .geometry import ConvShape, cdiv
+from .launch import count
+from .prologue import BNBackward, Normalised, bn_backward_of, bn_relu
+from .sum_parts import launch_sum_parts
+from .tiles import box_origin
+
+#: Bytes of the partial results of one launch: two of the largest gradient of a ResNet (3x3, 512 channels).
+MOST_PART_BYTES = 18 << 20
+#: Accumulators of a thread; the rest of its 255 registers holds operands and addresses.
+MOST_ACCUMULATORS = 192
+
+
+@triton.jit
+def load_box(t, n0, p0, q0, c0, BM: tl.constexpr, BN: tl.constexpr, FLAT: tl.constexpr):
+    """A box of pixels times channels as ``[BM, BN]``."""
+    if FLAT:
+        return t.load([q0, c0])
+    else:
+        return t.load([n0, p0, q0, c0]).reshape(BM, BN)
+
+
+@triton.jit
+def gradient_box(
+    dy, other, g1, g2, g3, inside, n0, p0, q0, k0,
+    BM: tl.constexpr, BN: tl.constexpr, FLAT: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """``d`` of one box, zero where it reaches outside."""
+    d = load_box(dy, n0, p0, q0, k0, BM, BN, FLAT)
+    if KIND == "mask":
+        d = tl.where(load_box(other, n0, p0, q0, k0, BM, BN, FLAT) > 0, d, tl.zeros_like(d))
+    elif KIND == "bn_backward":
+        d = bn_backward_of(d, load_box(other, n0, p0, q0, k0, BM, BN, FLAT), g1, g2, g3)
+        d = tl.where(inside, d, tl.zeros_like(d))
+    elif KIND == "bn_relu":
+        d = tl.where(inside, bn_relu(d, g1, g2), tl.zeros_like(d))
+    return d
+
+
+@triton.jit
+def wgrad(
+    x, dy, other, g1, g2, g3, scale, shift, parts, sums, N, H, W, P, Q, C, K, BOXES, ACROSS, PART,
+    R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
+    RT: tl.constexpr, ST: tl.constexpr, CENTRE: tl.constexpr, SHIFTED: tl.constexpr, FLAT: tl.constexpr,
+    KIND: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
+    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One share of the pixels for BN output channels, BC input channels and RT x ST taps.
+
+    ``x, dy, other`` are tensor descriptors: of rank 2 where ``FLAT``, and of rank 5 for a strided x. With ``SHIFTED`` the
+    boxes tile the columns of x, else those of dy; ``ACROSS`` is their number. ``sums`` comes from the taps of filter
+    column ``CENTRE``, whose boxes of dy cover each pixel once.
+    """
+    BM: tl.constexpr = TN * TH * TW
+    column_blocks = tl.cdiv(K, BN)
+    row_blocks = tl.cdiv(C, BC)
+    blocks = column_blocks * row_blocks
+    program = tl.program_id(0)
+    k0 = program % column_blocks * BN
+    c0 = program // column_blocks % row_blocks * BC
+    group = program // blocks % (R // RT * (S // ST))
+    part = program // (blocks * (R // RT * (S // ST)))
+    r0 = group // (S // ST) * RT
+    s0 = group % (S // ST) * ST
+    k = k0 + tl.arange(0, BN)
+    c = c0 + tl.arange(0, BC)
+    pixel = tl.arange(0, BM)
+    column, row, image = pixel % TW, pixel // TW % TH, pixel // (TW * TH)
+    v1, v2, v3 = 0.0, 0.0, 0.0
+    if g1 is not None:
+        v1 = tl.load(g1 + k, mask=k < K, other=0.0)[None, :]
+        v2 = tl.load(g2 + k, mask=k < K, other=0.0)[None, :]
+    if g3 is not None:
+        v3 = tl.load(g3 + k, mask=k < K, other=0.0)[None, :]
+    if scale is not None:
+        x_scale = tl.load(scale + c, mask=c < C, other=0.0)[None, :]
+        x_shift = tl.load(shift + c, mask=c < C, other=0.0)[None, :]
+    accs = ()
+    for _ in tl.static_range(RT * ST):
+        accs = accs + (tl.zeros((BC, BN), tl.float32),)
+    total = tl.zeros((ROWS, BN), tl.float32)
+    first = (part.to(tl.int64) * BOXES // SPLIT).to(tl.int32)
+    end = ((part + 1).to(tl.int64) * BOXES // SPLIT).to(tl.int32)
+    for box in range(first, end):
+        if FLAT:
+            n0, p0, q0 = 0, 0, box * BM
+        else:
+            n0, p0, q0 = box_origin(box, P, ACROSS, TN, TH, TW)
+        ds = ()
+        for s in tl.static_range(ST if SHIFTED else 1):
+            d_q0 = q0
+            if SHIFTED:
+                d_q0 += PAD - (s0 + s) * DIL
+            if FLAT:
+                inside = q0 + pixel < Q
+            else:
+                d_column = d_q0 + column
+                inside = (image < N - n0) & (row < P - p0) & (d_column >= 0) & (d_column < Q)
+            d = gradient_box(dy, other, v1, v2, v3, inside[:, None], n0, p0, d_q0, k0, BM, BN, FLAT, KIND)
+            if sums is not None:
+                if s == (CENTRE if SHIFTED and ST == S else 0):
+                    total += tl.sum(d.to(tl.float32).reshape(BM // ROWS, ROWS, BN), 0)
+            ds = ds + (d,)
+        new = ()
+        for r in tl.static_range(RT):
+            for s in tl.static_range(ST):
+                if s == 0 or not SHIFTED:
+                    if SAME:
+                        h = ds[0]
+                    else:
+                        dh = (r0 + r) * DIL - PAD
+                        dw = 0 if SHIFTED else (s0 + s) * DIL - PAD
+                        if STRIDE == 1:
+                            h = load_box(x, n0, p0 + dh, q0 + dw, c0, BM, BC, FLAT)
+                        else:
+                            h = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0]).reshape(BM, BC)
+                        if scale is not None:
+                            h = bn_relu(h, x_scale, x_shift)
+                            if R * S > 1 or PAD > 0:
+                                x_row = (p0 + row) * STRIDE + dh
+                                x_column = (q0 + column) * STRIDE + dw
+                                padding = (x_row < 0) | (x_row >= H) | (x_column < 0) | (x_column >= W)
+                                h = tl.where(padding[:, None], tl.zeros_like(h), h)
+                acc = tl.dot(h.T, ds[s if SHIFTED else 0], accs[r * ST + s], input_precision=PRECISION)
+                new = new + (acc,)
+        accs = new
+    stored = (c < C)[:, None] & (k < K)[None, :]
+    out = parts + part.to(tl.int64) * PART + k[None, :] * (R * S * C) + c[:, None]
+    for r in tl.static_range(RT):
+        for s in tl.static_range(ST):
+            tl.store(out + ((r0 + r) * S + s0 + s) * C, accs[r * ST + s], mask=stored)
+    if sums is not None:
+        if (c0 == 0) & (r0 == 0) & (s0 == (0 if ST == S else CENTRE)):
+            tl.store(sums + part.to(tl.int64) * PART + k, tl.sum(total, 0), mask=k < K)
+
+
+def tap_group(shape: ConvShape, config: ConvConfig) -> tuple[int, int]:
+    """Filter rows and columns whose taps share a program: all, one row, or a single tap, as the registers allow."""
+    thread = config.bn * config.bk / (32 * config.warps)
+    for rows, columns in ((shape.r, shape.s), (1, shape.s)):
+        if rows * columns * thread <= MOST_ACCUMULATORS:
+            return rows, columns
+    return 1, 1
+
+
+def shifts_gradient(shape: ConvShape) -> int | None:
+    """The filter column at which boxes that tile the columns of x cover dy once, or None if there is none.
+
+    Where it exists, the gradient's box can move with the filter's column.
+    """
+    if shape.stride != 1 or shape.padding % shape.dilation:
+        return None
+    centre = shape.padding // shape.dilation
+    return centre if centre < shape.s and shape.q <= shape.w else None
+
+
+def wgrad_workspace_bytes(shape: ConvShape, config: ConvConfig) -> int:
+    """Bytes of the partial results, one fp32 gradient and K sums for each share; 0 where there is one share."""
+    return 4 * config.split * (shape.weights + shape.k) if config.split > 1 else 0
+
+
+def launch_wgrad(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    dw: torch.Tensor,
+    sums: torch.Tensor | None,
+    shape: ConvShape,
+    dy_prologue: BNBackward | torch.Tensor | None,
+    x_prologue: Normalised | None,
+    config: ConvConfig,
+    precision: str,
+) -> None:
+    """Launches :func:`wgrad` and, where there are several shares, ``sum_parts``.
+
+    Args:
+        dy: ``[N,P,Q,K]``, channels dense, other strides multiples of 16 bytes; all dense for a pointwise convolution.
+        x: ``[N,H,W,C]``, likewise; pixel-dense rows and even H and W for filters with stride 2.
+        dw: fp32 ``[K,R,S,C]`` dense, written.
+        sums: fp32 ``[K]``, written, or None.
+        shape: of the forward convolution.
+        dy_prologue: BN's backward, or a tensor y like dy: the gradient counts where y is positive. Or None.
+        x_prologue: BN and ReLU of x; the padding is zero behind it. Or None.
+        config: ``box`` of pixels, ``bn`` output channels, ``bk`` input channels, ``split`` shares.
+        precision: of fp32 products, "tf32" or "ieee".
+
+    Raises:
+        ValueError: no tensor map describes the strided x.
+    """
+    other, g = None, (None, None, None)
+    kind = "none"
+    if isinstance(dy_prologue, BNBackward):
+        kind, other, g = "bn_backward", dy_prologue.c, tuple(dy_prologue.g)
+    elif dy_prologue is not None:
+        kind, other = "mask", dy_prologue
+    _launch(dy, other, g, kind, x, x_prologue, False, dw, sums, shape, config, precision)
+
+
+def launch_gram(
+    x: torch.Tensor,
+    s2: torch.Tensor,
+    s1: torch.Tensor,
+    stride: int,
+    prologue: Normalised | None,
+    config: ConvConfig,
+    precision: str,
+) -> None:
+    """Launches :func:`wgrad` on an activation h twice: ``s2 = sum of h h^T``, ``s1 = sum of h``.
+
+    Args:
+        x: ``[N,H,W,C]``, channels dense, other strides multiples of 16 bytes; all dense with stride 1.
+        s2, s1: fp32 ``[C,C]`` and ``[C]`` dense, written.
+        stride: 1, or 2 for the pixels with even rows and columns only.
+        prologue: h is x behind BN and ReLU; None where h is x.
+        config, precision: as for :func:`launch_wgrad`.
+    """
+    n, h, w, c = x.shape
+    shape = ConvShape(n, h, w, c, c, stride=stride)
+    source = x if stride == 1 else x[:, ::stride, ::stride]
+    kind, g = ("none", (None, None, None)) if prologue is None else ("bn_relu", (prologue.scale, prologue.shift, None))
+    same = max(config.bn, config.bk) >= c and config.bn == config.bk
+    _launch(source, None, g, kind, x, prologue, same, s2.view(c, 1, 1, c), s1, shape, config, precision)
+
+
+def _launch(
+    dy: torch.Tensor,
+    other: torch.Tensor | None,
+    g: tuple,
+    kind: str,
+    x: torch.Tensor,
+    x_prologue: Normalised | None,
+    same: bool,
+    dw: torch.Tensor,
+    sums: torch.Tensor | None,
+    shape: ConvShape,
+    config: ConvConfig,
+    precision: str,
+) -> None:
+    if shape.r == shape.s == 1 and shape.padding == 0 and shape.stride > 1:  # the pixels that count are a slice
+        x = x[:, :: shape.stride, :: shape.stride]
+        strided = shape
+        shape = ConvShape(shape.n, shape.p, shape.q, shape.c, shape.k)
+        flat = False
+        assert (shape.p, shape.q) == (strided.p, strided.q)
+    else:
+        flat = shape.pointwise
+    if shape.stride > 2 or (shape.stride == 2 and (shape.h % 2 or shape.w % 2)):
+        raise ValueError(
+            f"shape {shape} has stride {shape.stride} on {shape.h}x{shape.w} pixels; tensor maps describe stride 1, and "
+            f"stride 2 for even sizes. Take the library's gradient."
+        )
+    (tn, th, tw), bn, bk, split = config.box, config.bn, config.bk, config.split
+    if flat:
+        tn, th, tw = 1, 1, config.bm
+    describe = TensorDescriptor.from_tensor
+
+    def described(t: torch.Tensor | None, channels: int) -> TensorDescriptor | None:
+        if t is None:
+            return None
+        return describe(t.view(-1, t.shape[-1]), [tw, channels]) if flat else describe(t, [tn, th, tw, channels])
+
+    if shape.stride == 1:
+        x_box = described(x, bk)
+    else:
+        image, row, pixel, _ = x.stride()
+        halves = [shape.n, shape.h // 2, 2, shape.w // 2, 2 * shape.c]
+        x_box = TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
+    centre = shifts_gradient(shape)
+    shifted = centre is not None
+    across = shape.w if shifted else shape.q
+    boxes = cdiv(shape.m, tw) if flat else cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(across, tw)
+    rt, st = tap_group(shape, config)
+    blocks = cdiv(shape.k, bn) * cdiv(shape.c, bk) * (shape.r // rt) * (shape.s // st)
+    parts, sum_out, length = dw, sums, dw.numel()
+    if split > 1:
+        length += 0 if sums is None else shape.k
+        parts = torch.empty((split, length), dtype=torch.float32, device=dw.device)
+        sum_out = None if sums is None else parts[0, dw.numel() :]
+    scale, shift = (None, None) if x_prologue is None else (x_prologue.scale, x_prologue.shift)
+    rows = min(config.bm, max(1, 512 * config.warps // x.element_size() // bn))
+    count("wgrad")
+    wgrad[(blocks * split,)](
+        x_box, described(dy, bn), described(other, bn), *g, scale, shift, parts, sum_out,
+        shape.n, shape.h, shape.w, shape.p, shape.m if flat else shape.q, shape.c, shape.k, boxes, across, length,
+        R=shape.r, S=shape.s, STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation,
+        RT=rt, ST=st, CENTRE=centre or 0, SHIFTED=shifted, FLAT=flat, KIND=kind, SAME=same, PRECISION=precision,
+        TN=tn, TH=th, TW=tw, BC=bk, BN=bn, SPLIT=split, ROWS=rows,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if split > 1:
+        launch_sum_parts(parts, dw, sums)
