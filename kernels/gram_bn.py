@@ -1,0 +1,314 @@
+"""Batch statistics of a 1x1 convolution's output, and their backward, from the second moments of its input.
+
+With ``c = h w^T`` over M pixels, where neither ``c`` nor its gradient is ever stored, and
+
+    s1 = sum over pixels of h        mu = s1 / M        S = sum over pixels of h h^T - M mu mu^T   (s2, centred)
+
+forward:
+
+    mean_k = w_k . mu       var_k = w_k^T S w_k / M       scale = gamma / sqrt(var + eps)       shift = beta - mean * scale
+
+backward, with the gradient ``d`` of BN's output, ``g = d^T h`` and ``sdz = sum over pixels of d``:
+
+    G = g - sdz mu^T         dbeta = sdz                    dgamma_k = rstd_k * (w_k . G_k)
+    BN's gradient is  dc = g1 * d + g2 + g3 * c  with  g1 = scale,  g3 = -scale * rstd * dgamma / M,  so
+    dw = g1 * G + g3 * (w S)
+    dh = d wp + h Q + v      wp = g1 * w      Q = w^T diag(g3) w      v: what makes the mean of dh over the pixels zero
+
+Both second moments are centred *before* they are multiplied: the differences are small where channels are correlated or
+far from zero, and their rounding would be multiplied with them. ``v`` follows the rounded ``wp`` and ``Q``, so that the
+roundings of these two meet ``d`` and ``h`` without their means.
+
+All sums run in a fixed order. Matrices are dense, K filters by C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import next_power_of_two
+from .geometry import cdiv
+from .launch import count as count_launch
+
+#: Errors of an entry of ``s2`` after its accumulation in fp32, in units of 2^-23 of the entry. A tensor core truncates:
+#: a few hundred steps into one accumulator make about a hundred, most of them common to all entries.
+ULPS = 64
+#: Relative error of ``var + eps`` above which the statistics are doubtful.
+DOUBTFUL = 1e-3
+
+
+@triton.jit
+def mean_parts(s1, c, C: tl.constexpr, count):
+    """The means of the channels ``c`` as the sum of two fp32 numbers."""
+    mean = tl.load(s1 + c, mask=c < C, other=0.0).to(tl.float64) / tl.cast(count, tl.float64)
+    high = mean.to(tl.float32)
+    return high, (mean - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def less_product(value, factor, high, low):
+    """``value - factor * (high + low)``: fused, so that cancellation leaves no rounding of the product behind."""
+    return tl.fma(-factor, low, tl.fma(-factor, high, value))
+
+
+@triton.jit
+def rows_of(w, k, c, K: tl.constexpr, C: tl.constexpr):
+    """``w[k, c]``, 0 outside, as stored."""
+    return tl.load(w + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def times_centred(
+    w, s2, s1, k, j, count, K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """``(w S)[k, j]``, and if GUARD ``(w^2 (s2/M)^2)[k, j]`` with elementwise squares, roughly."""
+    high, low = mean_parts(s1, j, C, count)
+    product = tl.zeros((k.shape[0], j.shape[0]), tl.float32)
+    squares = tl.zeros((k.shape[0], j.shape[0]), tl.float32)
+    inverse = 1.0 / tl.cast(count, tl.float32)
+    for start in range(0, C, BK):
+        i = start + tl.arange(0, BK)
+        filters = rows_of(w, k, i, K, C).to(tl.float32)
+        moments = rows_of(s2, i, j, C, C)
+        total = tl.load(s1 + i, mask=i < C, other=0.0)
+        centred = less_product(moments, total[:, None], high[None, :], low[None, :])
+        product = tl.dot(filters, centred, product, input_precision=PRECISION)
+        if GUARD:
+            moments *= inverse
+            squares = tl.dot(filters * filters, moments * moments, squares, input_precision="tf32")
+    return product, squares
+
+
+@triton.jit
+def gram_stats(
+    w, s2, s1, gamma, beta, stats, doubtful, count, eps, ERROR, K: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The statistics of BM filters. ERROR: relative to an entry of ``s2``, over the one allowed of ``var + eps``."""
+    k = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = k < K
+    mean = tl.zeros((BM,), tl.float64)
+    var = tl.zeros((BM,), tl.float64)
+    spread = tl.zeros((BM,), tl.float32)
+    for start in range(0, C, BN):
+        j = start + tl.arange(0, BN)
+        product, squares = times_centred(w, s2, s1, k, j, count, K, C, PRECISION, doubtful is not None, BK)
+        filters = rows_of(w, k, j, K, C).to(tl.float32)
+        total = tl.load(s1 + j, mask=j < C, other=0.0).to(tl.float64)
+        mean += tl.sum(filters.to(tl.float64) * total[None, :], 1)
+        var += tl.sum(filters.to(tl.float64) * product.to(tl.float64), 1)
+        if doubtful is not None:
+            spread += tl.sum(filters * filters * squares, 1)
+    pixels = tl.cast(count, tl.float64)
+    mean = (mean / pixels).to(tl.float32)
+    var = tl.maximum((var / pixels).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    eps = tl.cast(eps, tl.float32)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    scale = rstd
+    if gamma is not None:
+        scale *= tl.load(gamma + k, mask=inside, other=0.0).to(tl.float32)
+    shift = -mean * scale
+    if beta is not None:
+        shift = tl.fma(-mean, scale, tl.load(beta + k, mask=inside, other=0.0).to(tl.float32))
+    tl.store(stats + k, mean, mask=inside)
+    tl.store(stats + K + k, var, mask=inside)
+    tl.store(stats + 2 * K + k, rstd, mask=inside)
+    tl.store(stats + 3 * K + k, scale, mask=inside)
+    tl.store(stats + 4 * K + k, shift, mask=inside)
+    if doubtful is not None:
+        # independent errors of the entries add in squares; a common one scales the whole second moment
+        error = tl.cast(ERROR, tl.float32) * (tl.sqrt(spread) + mean * mean)
+        found = tl.max(((error > var + eps) & inside).to(tl.int32), 0)
+        tl.store(doubtful, 1, mask=found != 0)
+
+
+@triton.jit
+def third_factor(k, stats, dgamma, count, K: tl.constexpr):
+    """``g3 = -scale * rstd * dgamma / M`` of the filters ``k``, 0 outside; ``dgamma`` holds theirs."""
+    inside = k < K
+    rstd = tl.load(stats + 2 * K + k, mask=inside, other=0.0)
+    scale = tl.load(stats + 3 * K + k, mask=inside, other=0.0)
+    return tl.div_rn(-scale * rstd * dgamma, tl.cast(count, tl.float32))
+
+
+@triton.jit
+def gram_rows(
+    w, g, sdz, s2, s1, stats, dw, dgamma, dbeta, wp, count, K: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Everything that belongs to BM filters: their gradients and ``wp``."""
+    k = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = k < K
+    d = tl.load(sdz + k, mask=inside, other=0.0)
+    scale = tl.load(stats + 3 * K + k, mask=inside, other=0.0)
+    total = tl.zeros((BM,), tl.float64)
+    for start in range(0, C, BN):
+        j = start + tl.arange(0, BN)
+        high, low = mean_parts(s1, j, C, count)
+        centred = less_product(rows_of(g, k, j, K, C), d[:, None], high[None, :], low[None, :])
+        filters = rows_of(w, k, j, K, C)
+        total += tl.sum(filters.to(tl.float64) * centred.to(tl.float64), 1)
+        stored = inside[:, None] & (j < C)[None, :]
+        scaled = scale[:, None] * filters.to(tl.float32)
+        tl.store(wp + k[:, None] * C + j[None, :], scaled.to(wp.dtype.element_ty), mask=stored)
+    rstd = tl.load(stats + 2 * K + k, mask=inside, other=0.0)
+    dg = (rstd.to(tl.float64) * total).to(tl.float32)
+    tl.store(dgamma + k, dg, mask=inside)
+    tl.store(dbeta + k, d, mask=inside)
+    g3 = third_factor(k, stats, dg, count, K)
+    for start in range(0, C, BN):
+        j = start + tl.arange(0, BN)
+        product, _ = times_centred(w, s2, s1, k, j, count, K, C, PRECISION, False, BK)
+        high, low = mean_parts(s1, j, C, count)
+        centred = less_product(rows_of(g, k, j, K, C), d[:, None], high[None, :], low[None, :])
+        stored = inside[:, None] & (j < C)[None, :]
+        out = tl.fma(scale[:, None] + tl.zeros_like(centred), centred, g3[:, None] * product)
+        tl.store(dw + k[:, None] * C + j[None, :], out, mask=stored)
+
+
+@triton.jit
+def gram_matrix(
+    w, stats, dgamma, q, count, K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, BC: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``Q = w^T diag(g3) w``."""
+    blocks = tl.cdiv(C, BC)
+    i = tl.program_id(0) // blocks * BC + tl.arange(0, BC)
+    j = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    acc = tl.zeros((BC, BC), tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        g3 = third_factor(k, stats, tl.load(dgamma + k, mask=k < K, other=0.0), count, K)
+        left = rows_of(w, k, i, K, C).to(tl.float32) * g3[:, None]
+        acc = tl.dot(tl.trans(left), rows_of(w, k, j, K, C).to(tl.float32), acc, input_precision=PRECISION)
+    tl.store(q + i[:, None] * C + j[None, :], acc, mask=(i < C)[:, None] & (j < C)[None, :])
+
+
+@triton.jit
+def gram_columns(
+    q, wp, sdz, s1, mm, rho, v, count, K: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr
+):
+    """BC columns of ``Q``: as ``mm * rho``, and their ``v``."""
+    j = tl.program_id(0) * BC + tl.arange(0, BC)
+    largest = tl.zeros((BC,), tl.float32)
+    for start in range(0, C, BR):
+        largest = tl.maximum(largest, tl.max(tl.abs(rows_of(q, start + tl.arange(0, BR), j, C, C)), 0))
+    # biased exponents of rho and of 1 / rho, both kept normal
+    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) + 1, 1), 253)
+    exponent = tl.where(largest == 0.0, 127, exponent)
+    power = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    total = tl.zeros((BC,), tl.float64)
+    for start in range(0, C, BR):
+        i = start + tl.arange(0, BR)
+        column = (rows_of(q, i, j, C, C) * inverse[None, :]).to(mm.dtype.element_ty)
+        tl.store(mm + i[:, None] * C + j[None, :], column, mask=(i < C)[:, None] & (j < C)[None, :])
+        factor = tl.load(s1 + i, mask=i < C, other=0.0).to(tl.float64)
+        total += tl.sum(factor[:, None] * column.to(tl.float32).to(tl.float64), 0)
+    total *= power.to(tl.float64)
+    for start in range(0, K, BR):
+        k = start + tl.arange(0, BR)
+        factor = tl.load(sdz + k, mask=k < K, other=0.0).to(tl.float64)
+        total += tl.sum(factor[:, None] * rows_of(wp, k, j, K, C).to(tl.float32).to(tl.float64), 0)
+    tl.store(rho + j, power, mask=j < C)
+    tl.store(v + j, (-total / tl.cast(count, tl.float64)).to(tl.float32), mask=j < C)
+
+
+def _precision(w: torch.Tensor) -> str:
+    """Of the products with ``w``: three TF32 products are enough where ``w`` itself is exact in TF32."""
+    return "ieee" if w.dtype == torch.float32 else "tf32x3"
+
+
+def _tile(w: torch.Tensor) -> dict[str, int]:
+    """Tile of the kernels that own rows of ``w``; the widest that does not spill."""
+    c = next_power_of_two(w.shape[1])
+    return {"BM": 16, "BN": min(256 // w.element_size(), max(16, c)), "BK": min(32, max(16, c))}
+
+
+def launch_gram_stats(
+    w: torch.Tensor,
+    s2: torch.Tensor,
+    s1: torch.Tensor,
+    count: int,
+    gamma: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    eps: float,
+    stats: torch.Tensor,
+    doubtful: torch.Tensor | None = None,
+) -> None:
+    """Launches :func:`gram_stats`: BN's statistics of ``h w^T`` without computing it.
+
+    Args:
+        w: ``[K, C]``, dtype of the activations.
+        s2: ``[C, C]`` fp32, sum of ``h h^T`` over the pixels, not centred.
+        s1: ``[C]`` fp32, sum of ``h``.
+        count: pixels.
+        gamma, beta: ``[K]`` or None (1 and 0).
+        eps: added to the variance.
+        stats: ``[5, K]`` fp32, gets mean, biased variance (at least 0), rstd, scale and shift.
+        doubtful: int32 ``[1]`` or None. Set to 1 where the rounding of ``s2`` may have changed some ``var + eps`` by
+            more than about 1e-3 of itself, else left as it is: zero it once, and several launches may share it.
+    """
+    k, c = w.shape
+    if w.numel() == 0:
+        return
+    count_launch("gram_stats")
+    tile = _tile(w)
+    gram_stats[(cdiv(k, tile["BM"]),)](
+        w, s2, s1, gamma, beta, stats, doubtful, count, float(eps), ULPS * 2.0**-23 / DOUBTFUL, K=k, C=c,
+        PRECISION=_precision(w), **tile, num_warps=4,
+    )  # fmt: skip
+
+
+def launch_gram_backward(
+    w: torch.Tensor,
+    g: torch.Tensor,
+    sdz: torch.Tensor,
+    s2: torch.Tensor,
+    s1: torch.Tensor,
+    count: int,
+    stats: torch.Tensor,
+    dw: torch.Tensor,
+    dgamma: torch.Tensor,
+    dbeta: torch.Tensor,
+    wp: torch.Tensor,
+    mm: torch.Tensor,
+    rho: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """Launches the backward of ``bn(h w^T)``: the parameters' gradients, and the factors of ``dh``.
+
+    ``dh = d wp + (h mm) * rho + v`` with the gradient ``d`` of BN's output.
+
+    Args:
+        w: ``[K, C]``, dtype of the activations.
+        g: ``[K, C]`` fp32, ``d^T h``.
+        sdz: ``[K]`` fp32, sum of ``d`` over the pixels.
+        s2, s1, count: as for :func:`launch_gram_stats`.
+        stats: ``[5, K]`` as it wrote them.
+        dw: ``[K, C]`` fp32, the gradient of ``w``.
+        dgamma, dbeta: ``[K]`` fp32.
+        wp: ``[K, C]``, dtype of ``w``.
+        mm: ``[C, C]``, dtype of ``w``; the largest magnitude of a column is in [0.5, 1] (or the column is 0).
+        rho: ``[C]`` fp32, a power of two for each column.
+        v: ``[C]`` fp32.
+    """
+    k, c = w.shape
+    if w.numel() == 0:
+        return
+    tile, precision = _tile(w), _precision(w)
+    q = torch.empty((c, c), dtype=torch.float32, device=w.device)
+    count_launch("gram_rows")
+    gram_rows[(cdiv(k, tile["BM"]),)](
+        w, g, sdz, s2, s1, stats, dw, dgamma, dbeta, wp, count, K=k, C=c, PRECISION=precision, **tile, num_warps=4
+    )
+    side = 32 if c > 16 else 16
+    count_launch("gram_matrix")
+    gram_matrix[(cdiv(c, side) ** 2,)](
+        w, stats, dgamma, q, count, K=k, C=c, PRECISION=precision, BC=side, BK=128 // w.element_size(), num_warps=4
+    )
+    count_launch("gram_columns")
+    gram_columns[(cdiv(c, 16),)](q, wp, sdz, s1, mm, rho, v, count, K=k, C=c, BC=16, BR=128, num_warps=4)
