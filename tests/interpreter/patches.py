@@ -6,6 +6,8 @@ the integer. Here bf16 is decoded to fp32, computed with, and rounded to nearest
 
 A maximum or minimum that is to ignore NaN keeps it; the hardware's does not.
 
+A fused multiply-add in fp32 rounds the product too.
+
 A loop with run-time bounds asks numpy to make an integer of an array, which numpy deprecates and, from 2.4 on, refuses.
 """
 
@@ -72,6 +74,14 @@ def binary_op(self, lhs, rhs, op):
     return Handle(output, tl.int1) if op in COMPARISONS else Handle(encode(output), tl.bfloat16)
 
 
+def create_fma(self, x, y, z):
+    if z.dtype.scalar != tl.float32:
+        return Handle(x.data * y.data + z.data, z.dtype.scalar)
+    # fp64 holds the product exactly, and has 29 more bits for the sum
+    total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+    return Handle(total.astype(np.float32), tl.float32)
+
+
 def get_bf16(self, value):
     return Handle(encode(np.array([value])), tl.bfloat16)
 
@@ -88,6 +98,7 @@ def install() -> None:
     Builder.create_fp_to_fp = create_fp_to_fp
     Builder.binary_op = binary_op
     Builder.get_bf16 = get_bf16
+    Builder.create_fma = create_fma
     Builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     Builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     interpreter._patch_lang_tensor = patch_tensor

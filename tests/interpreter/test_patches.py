@@ -47,6 +47,12 @@ def count_up(out, start, stop, STEP: tl.constexpr):
     tl.store(out, total)
 
 
+@triton.jit
+def fma(x, y, z, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, tl.fma(tl.load(x + i), tl.load(y + i), tl.load(z + i)))
+
+
 def values(size: int) -> torch.Tensor:
     """fp32 values with every kind of rounding: random ones, ties between two bf16, and special ones."""
     ties = 1 + torch.arange(64) / 256  # bf16 has 7 bits after the point: every second one lies between two
@@ -119,3 +125,12 @@ def test_loop_with_run_time_bounds() -> None:
     out = torch.zeros(1, dtype=torch.int32)
     count_up[(1,)](out, 3, 11, STEP=2)
     identical(out, torch.tensor([3 + 5 + 7 + 9], dtype=torch.int32))
+
+
+def test_a_fused_multiply_add_rounds_once() -> None:
+    x = torch.randn(64)
+    z = torch.cat((-(x * x)[:32], torch.randn(32)))  # leaves the rounding of the product, or an ordinary sum
+    out = torch.full((64,), float("nan"))
+    fma[(1,)](x, x, z, out, 64)
+    identical(out, (x.double() * x.double() + z).float())
+    assert out[:32].count_nonzero() > 0
