@@ -1,0 +1,342 @@
+"""Gradient of a convolution's input, with what surrounds it in a backward pass done in the same kernel.
+
+    acc[n,h,w,c] = sum over r,s,k of d[n, (h + pad - r*dil)/stride, (w + pad - s*dil)/stride, k] * w[k,r,s,c]
+    dx           = acc + residual where the mask is positive, else 0
+
+``d`` is the output's gradient, or BN's backward of it formed on load. Stride 1 is the forward's scheme with shifted
+boxes of ``d``. With stride 2 a pixel meets only the taps of its own parity: its row and column parity is one of four
+*phases*, inside which neighbouring pixels meet neighbouring outputs, so that a phase is a small convolution with
+stride 1 (of 1, 2, 2 and 4 taps for a 3x3). The pixels of a phase are a dense box of the view [N, H/2, 2, W/2, 2*C].
+The filters are read as they are, a box of BK filters times BN channels of one tap.
+
+A residual with half the rows and columns, the gradient of a projection with stride 2, belongs to the pixels of one
+phase: a 1x1 with stride 1 then walks over phases, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import ConvConfig, least_waste_box, next_power_of_two
+from .geometry import ConvShape, cdiv
+from .launch import count
+from .prologue import BNBackward, Normalised, affine, bn_backward_of
+from .tiles import box_origin
+
+#: Programs that leave sums: two for each multiprocessor of an H200. The same on every GPU, and so are the bits.
+SUMMING_PROGRAMS = 264
+
+
+@triton.jit
+def taps_of(parity, R: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr):
+    """First tap, step and number of the taps along one axis that reach pixels of a parity (0 with stride 1)."""
+    first = parity * 0
+    step: tl.constexpr = 2 if STRIDE == 2 and DIL % 2 == 1 else 1
+    if step == 2:
+        first = (parity + PAD) % 2
+    number = (R - first + step - 1) // step
+    if STRIDE == 2 and DIL % 2 == 0:
+        number = R * (1 - (parity + PAD) % 2)
+    return first, step, number
+
+
+@triton.jit
+def load_pixels(t, n0, h0, w0, c0, a, b, CHANNELS: tl.constexpr, HALVES: tl.constexpr):
+    """A box of pixels; with ``HALVES`` those of row parity ``a`` and column parity ``b`` from the view of rank 5."""
+    if HALVES:
+        box = t.load([n0, h0, a, w0, b * CHANNELS + c0])
+    else:
+        box = t.load([n0, h0, w0, c0])
+    return box
+
+
+@triton.jit
+def dgrad_tile(
+    tile, c0, sums, products, dy, raw, g, w, dx, residual, mask, scales, shifts,
+    N, H, W, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, PHASES: tl.constexpr, PHASE: tl.constexpr,
+    HALF_RESIDUAL: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One box of pixels times BN channels from ``c0`` on; returns the sums with those of this tile added.
+
+    Without a prologue the product is computed transposed, channels times pixels, both operands from shared memory.
+    """
+    BM: tl.constexpr = TN * TH * TW
+    CHUNKS: tl.constexpr = (K + BK - 1) // BK
+    HALVES: tl.constexpr = PHASES == 4
+    D_HALVES: tl.constexpr = HALVES and STRIDE == 1  # with stride 2 the output is as large as a phase
+    boxes = tl.cdiv(N, TN) * tl.cdiv(H, TH) * tl.cdiv(W, TW)
+    n0, h0, w0 = box_origin(tile % boxes, H, W, TN, TH, TW)
+    phase = PHASE
+    if HALVES:
+        phase = PHASE ^ (tile // boxes)
+    a = phase // 2
+    b = phase % 2
+    r0, r_step, r_count = taps_of(a, R, STRIDE, PAD, DIL)
+    s0, s_step, s_count = taps_of(b, S, STRIDE, PAD, DIL)
+    if raw is not None:
+        acc = tl.zeros((BM, BN), tl.float32)
+    else:
+        acc = tl.zeros((BN, BM), tl.float32)
+    for step in range(0, r_count * s_count * CHUNKS):
+        k0 = step % CHUNKS * BK
+        tap = step // CHUNKS
+        r = r0 + tap // s_count * r_step
+        s = s0 + tap % s_count * s_step
+        dh = PAD - r * DIL
+        dw = PAD - s * DIL
+        if STRIDE == 2:
+            dh = (dh + a) >> 1
+            dw = (dw + b) >> 1
+        filters = w.load([k0, (r * S + s) * C + c0])
+        d = load_pixels(dy, n0, h0 + dh, w0 + dw, k0, a, b, K, D_HALVES).reshape(BM, BK)
+        if raw is not None:
+            k = k0 + tl.arange(0, BK)
+            g1 = tl.load(g + k, mask=k < K, other=0.0)[None, :]
+            g2 = tl.load(g + K + k, mask=k < K, other=0.0)[None, :]
+            g3 = tl.load(g + 2 * K + k, mask=k < K, other=0.0)[None, :]
+            d = bn_backward_of(
+                d, load_pixels(raw, n0, h0 + dh, w0 + dw, k0, a, b, K, D_HALVES).reshape(BM, BK), g1, g2, g3
+            )
+            acc = tl.dot(d, filters, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(filters.T, d.T, acc, input_precision=PRECISION)
+    if raw is not None:
+        acc = acc.T
+    if residual is not None:
+        if HALF_RESIDUAL:
+            if phase == 0:
+                acc += residual.load([n0, h0, w0, c0]).reshape(BM, BN).T.to(tl.float32)
+        else:
+            acc += load_pixels(residual, n0, h0, w0, c0, a, b, C, HALVES).reshape(BM, BN).T.to(tl.float32)
+    if mask is not None:
+        m = load_pixels(mask, n0, h0, w0, c0, a, b, C, HALVES).reshape(BM, BN).T.to(tl.float32)
+        if scales is not None:
+            acc = tl.where(affine(m, scales[:, None], shifts[:, None]) > 0, acc, 0.0)
+        else:
+            acc = tl.where(m > 0, acc, 0.0)
+    out = acc.to(dx.dtype)
+    if HALVES:
+        dx.store([n0, h0, a, w0, b * C + c0], out.T.reshape(TN, TH, 1, TW, BN))
+    else:
+        dx.store([n0, h0, w0, c0], out.T.reshape(TN, TH, TW, BN))
+    if SUMS:
+        stored = out.to(tl.float32)
+        if not EXACT:
+            pixel = tl.arange(0, BM)
+            inside = (w0 + pixel % TW < W) & (h0 + pixel // TW % TH < H) & (n0 + pixel // (TW * TH) < N)
+            stored = tl.where(inside[None, :], stored, 0.0)
+        sums += tl.sum(stored, 1)
+        products += tl.sum(stored * m, 1)
+    return sums, products
+
+
+@triton.jit
+def dgrad(
+    dy, raw, g, w, dx, residual, mask, scale, shift, parts, walkers,
+    N, H, W, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, PHASES: tl.constexpr, PHASE: tl.constexpr,
+    HALF_RESIDUAL: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile, or every ``walkers``-th one of a column block where sums are wanted.
+
+    ``dy, raw, w, dx, residual, mask`` are tensor descriptors. N, H and W are those of a phase. ``PHASES`` 1: all tiles
+    are of phase ``PHASE``, whose pixels the descriptors have. ``PHASES`` 4: ``PHASE``, which has most taps, comes first.
+    ``EXACT``: no tile overhangs.
+    """
+    column_blocks: tl.constexpr = (C + BN - 1) // BN
+    first = tl.program_id(0) // column_blocks
+    c0 = tl.program_id(0) % column_blocks * BN
+    c = c0 + tl.arange(0, BN)
+    scales = None
+    shifts = None
+    if scale is not None:
+        scales = tl.load(scale + c, mask=c < C, other=0.0)
+        shifts = tl.load(shift + c, mask=c < C, other=0.0)
+    sums = tl.zeros((BN,), tl.float32)
+    products = tl.zeros((BN,), tl.float32)
+    if parts is None:
+        dgrad_tile(
+            first, c0, sums, products, dy, raw, g, w, dx, residual, mask, scales, shifts, N, H, W, K, C, R, S,
+            STRIDE, PAD, DIL, PHASES, PHASE, HALF_RESIDUAL, False, EXACT, PRECISION, TN, TH, TW, BN, BK,
+        )  # fmt: skip
+    else:
+        tiles = tl.cdiv(N, TN) * tl.cdiv(H, TH) * tl.cdiv(W, TW) * PHASES
+        for tile in range(first, tiles, walkers):
+            sums, products = dgrad_tile(
+                tile, c0, sums, products, dy, raw, g, w, dx, residual, mask, scales, shifts, N, H, W, K, C, R, S,
+                STRIDE, PAD, DIL, PHASES, PHASE, HALF_RESIDUAL, True, EXACT, PRECISION, TN, TH, TW, BN, BK,
+            )  # fmt: skip
+        row = parts + first * 2 * C + c
+        tl.store(row, sums, mask=c < C)
+        tl.store(row + C, products, mask=c < C)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One launch: ``count`` phases from ``phase`` on, each of ``n x h x w`` pixels in boxes of ``box``."""
+
+    count: int
+    phase: int
+    n: int
+    h: int
+    w: int
+    box: tuple[int, int, int]
+
+    @property
+    def tiles(self) -> int:
+        """Boxes of pixels in all."""
+        tn, th, tw = self.box
+        return self.count * cdiv(self.n, tn) * cdiv(self.h, th) * cdiv(self.w, tw)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no box overhangs."""
+        tn, th, tw = self.box
+        return self.n % tn == self.h % th == self.w % tw == 0
+
+    def walkers(self, shape: ConvShape, config: ConvConfig) -> int:
+        """Programs of a column block where sums are wanted."""
+        return min(self.tiles, max(1, SUMMING_PROGRAMS // cdiv(shape.c, config.bn)))
+
+
+def walks(shape: ConvShape, config: ConvConfig, residual_stride: int = 1) -> list[Walk]:
+    """The launches of one gradient: one, or one a phase where the view of all phases does not exist."""
+    if shape.stride == residual_stride == 1:
+        if shape.pointwise:
+            return [Walk(1, 0, 1, 1, shape.n * shape.h * shape.w, (1, 1, config.bm))]
+        return [Walk(1, 0, shape.n, shape.h, shape.w, config.box)]
+    half = cdiv(shape.h, 2), cdiv(shape.w, 2)
+    box = config.box
+    if box[:2] == (1, 1):  # a row of pixels without a shape
+        box = pixel_box(shape.n, *half, config.bm)
+    blocks = shape.c % config.bn == 0 and (shape.stride == 2 or shape.k % config.bk == 0)
+    if shape.h % 2 == 0 and shape.w % 2 == 0 and blocks:
+        more_taps = 3 if shape.stride == 2 and shape.padding % 2 and (shape.r > 1 or shape.s > 1) else 0
+        return [Walk(4, more_taps, shape.n, *half, box)]
+    phases = ((2 * a + b, (shape.h + 1 - a) // 2, (shape.w + 1 - b) // 2) for a in (0, 1) for b in (0, 1))
+    return [Walk(1, phase, shape.n, h, w, box) for phase, h, w in phases if h and w]
+
+
+def pixel_box(n: int, h: int, w: int, bm: int) -> tuple[int, int, int]:
+    """The box of ``bm`` pixels that covers ``n`` images of ``h x w`` pixels best."""
+    return least_waste_box(ConvShape(n, h, w, 8, 8), bm)
+
+
+def dgrad_parts(shape: ConvShape, config: ConvConfig, residual_stride: int = 1) -> int:
+    """Rows of ``parts`` that :func:`launch_dgrad` fills."""
+    return sum(walk.walkers(shape, config) for walk in walks(shape, config, residual_stride))
+
+
+def launch_dgrad(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    dx: torch.Tensor,
+    shape: ConvShape,
+    prologue: BNBackward | None,
+    mask: tuple[torch.Tensor, Normalised] | torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_stride: int,
+    parts: torch.Tensor | None,
+    config: ConvConfig,
+    precision: str,
+) -> None:
+    """Launches :func:`dgrad`. All tensors are dense.
+
+    Args:
+        dy: ``[N,P,Q,K]``, the gradient of the convolution's output or of what BN made of it.
+        w: ``[K,R,S,C]``.
+        dx: ``[N,H,W,C]``, written.
+        shape: of the forward convolution.
+        prologue: BN's backward, applied to ``dy`` as it is loaded; for 1x1 convolutions without padding.
+        mask: ``(c, Normalised)``: dx counts where ``affine(c)`` is positive, ``c`` as ``dx``; or ``x`` as ``dx``: where
+            that is positive; or None: everywhere.
+        residual: added before the mask: ``[N,H,W,C]``, or ``[N,ceil(H/2),ceil(W/2),C]`` for the even rows and columns.
+        residual_stride: 1 or 2, which of these two.
+        parts: fp32 ``[dgrad_parts(shape, config, residual_stride), 2, C]``, filled with partial sums over pixels of
+            ``dx`` and of ``dx * c`` after rounding; needs a mask ``(c, Normalised)``. Or None.
+        config: of kernel ``"dgrad"``; see :func:`dgrad_configs`.
+        precision: ``"tf32"`` or ``"ieee"``, for fp32.
+
+    Raises:
+        ValueError: a combination of arguments that this kernel does not compute; the message names it.
+    """
+    check(shape, prologue, mask, residual, residual_stride, parts, config)
+    bn, bk, c, k = config.bn, config.bk, shape.c, shape.k
+    normalised = mask[1] if isinstance(mask, tuple) else None
+    masked = mask[0] if isinstance(mask, tuple) else mask
+    half = residual_stride == 2
+    w_box = TensorDescriptor.from_tensor(w.view(k, -1), [bk, bn])
+    filled = 0
+    if parts is not None and parts.shape[0] != dgrad_parts(shape, config, residual_stride):
+        raise ValueError(
+            f"parts has {parts.shape[0]} rows; allowed: dgrad_parts(...) = {dgrad_parts(shape, config, residual_stride)}"
+        )
+    for walk in walks(shape, config, residual_stride):
+        tn, th, tw = walk.box
+        phased = shape.stride == 2 or half
+        flat = shape.pointwise and not phased
+
+        def pixels(t: torch.Tensor | None, block: int, phased: bool = phased, flat: bool = flat, walk: Walk = walk):
+            if t is None:
+                return None
+            box = [*walk.box, block]
+            if flat:
+                return TensorDescriptor.from_tensor(t.view(1, 1, -1, t.shape[3]), box)
+            if phased and walk.count == 4:
+                n, h, width, channels = t.shape
+                image, row, pixel, _ = t.stride()
+                sizes, strides = [n, h // 2, 2, width // 2, 2 * channels], [image, 2 * row, row, 2 * pixel, 1]
+                return TensorDescriptor(t, sizes, strides, [*box[:2], 1, *box[2:]])
+            if phased:
+                t = t[:, walk.phase // 2 :: 2, walk.phase % 2 :: 2]
+            return TensorDescriptor.from_tensor(t, box)
+
+        d_phased = phased and shape.stride == 1
+        added = residual
+        if half and walk.count == 1 and walk.phase:
+            added = None
+        walkers = walk.tiles if parts is None else walk.walkers(shape, config)
+        count("dgrad")
+        dgrad[(walkers * cdiv(c, bn),)](
+            pixels(dy, bk, d_phased), None if prologue is None else pixels(prologue.c, bk, d_phased),
+            None if prologue is None else prologue.g, w_box, pixels(dx, bn), pixels(added, bn, phased and not half),
+            pixels(masked, bn), *((normalised.scale, normalised.shift) if normalised else (None, None)),
+            None if parts is None else parts[filled:], walkers, walk.n, walk.h, walk.w, K=k, C=c, R=shape.r, S=shape.s,
+            STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation, PHASES=walk.count, PHASE=walk.phase,
+            HALF_RESIDUAL=half, EXACT=walk.exact, PRECISION=precision,
+            TN=tn, TH=th, TW=tw, BN=bn, BK=bk, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        filled += walkers
+
+
+def check(shape, prologue, mask, residual, residual_stride, parts, config) -> None:
+    """Raises ValueError for a combination of arguments that this kernel does not compute."""
+    if config.kernel != "dgrad":
+        raise ValueError(f"config.kernel={config.kernel!r}; allowed: 'dgrad', as dgrad_configs() gives")
+    if shape.stride not in (1, 2):
+        raise ValueError(
+            f"stride={shape.stride} has no gradient kernel; allowed: 1, 2. Use torch's convolution_backward."
+        )
+    if residual_stride not in (1, 2):
+        raise ValueError(f"residual_stride={residual_stride!r}; allowed: 1, 2")
+    one = shape.r == shape.s == 1 and shape.padding == 0
+    if prologue is not None and not one:
+        raise ValueError(f"a prologue is for 1x1 convolutions without padding, got {shape}; form dy beforehand")
+    if residual_stride == 2 and shape.stride == 1 and not one:
+        raise ValueError(
+            f"residual_stride=2 is for stride 2 or 1x1 convolutions, got {shape}; add it in a pass of its own"
+        )
+    if parts is not None and not isinstance(mask, tuple):
+        raise ValueError("parts needs mask=(c, Normalised): its second row sums dx * c")
+
+
+def dgrad_configs(shape: ConvShape, itemsize: int, prologue: bool) -> list[ConvConfig]:
+    return []
