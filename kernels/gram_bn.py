@@ -6,7 +6,8 @@ With ``c = h w^T`` over M pixels, where neither ``c`` nor its gradient is ever s
 
 forward:
 
-    mean_k = w_k . mu       var_k = w_k^T S w_k / M       scale = gamma / sqrt(var + eps)       shift = beta - mean * scale
+    mean_k = w_k . mu        var_k = w_k^T S w_k / M
+    rstd = 1 / sqrt(var + eps)        scale = gamma * rstd        shift = beta - mean * scale
 
 backward, with the gradient ``d`` of BN's output, ``g = d^T h`` and ``sdz = sum over pixels of d``:
 
