@@ -1,0 +1,214 @@
+"""The end of a bottleneck in training: BN and ReLU of the 3x3's output, 1x1 convolution, BN, shortcut and ReLU at once.
+
+    a = relu(c2 * scale + shift)                                 rounded to the tensors' dtype, never stored
+    y = relu((a w3^T) * scale3 + shift3 + shortcut)              shortcut = x, or the projection (x wd^T) * scaled + shiftd
+
+The statistics of BN3 are those of a linear map, known from the second moments of ``a`` before this kernel runs
+(``gram_bn.py``), so its raw output need not exist. A projection has an accumulator of its own: nothing is divided by a
+scale that may be zero.
+
+A program owns BM pixels. Where a chunk of BK channels holds all of them, ``a`` (and the projected pixels) are made once
+and stay in registers, as left operand, while the program walks over blocks of BN output channels:
+
+    a[BM, C]           = relu(bn2(c2))                           once
+    for BN of the program's channels at a time:
+        y[BM, BN]      = relu(bn3(a w3[BN, C]^T) + shortcut[BM, BN])
+
+More channels come chunk by chunk, normalised as they are loaded, and a program has one block of BN output channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import ConvConfig, least_waste_box, next_power_of_two
+from .epilogue import relu
+from .geometry import ConvShape, cdiv
+from .launch import count, multiprocessors
+from .prologue import Normalised, bn_relu
+from .tiles import box_origin
+
+
+@dataclass(frozen=True)
+class Project:
+    """A projection shortcut: 1x1 convolution and BN.
+
+    Args:
+        x: ``[N,H,W,Cx]`` dense, the block's input.
+        wd: ``[K,Cx]`` dense, dtype of ``x``.
+        scale, shift: dense fp32 ``[K]``, of the projection's BN.
+        stride: 1 or 2; sizes may be odd.
+    """
+
+    x: torch.Tensor
+    wd: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    stride: int = 1
+
+
+@triton.jit
+def pixels(x, n0, p0, q0, c0, BM: tl.constexpr, FLAT: tl.constexpr):
+    """``[BM, channels]`` of a box of pixels; ``FLAT``: ``x`` is ``[M, C]`` and ``q0`` the first row."""
+    if FLAT:
+        return x.load([q0, c0])
+    else:
+        t = x.load([n0, p0, q0, c0])
+        return t.reshape(BM, t.shape[-1])
+
+
+@triton.jit
+def normalised_pixels(
+    c2, scale, shift, n0, p0, q0, c0, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr
+):  # fmt: skip
+    """A chunk of :func:`pixels` behind BN and ReLU, or as it is where ``scale`` is None."""
+    a = pixels(c2, n0, p0, q0, c0, BM, FLAT)
+    if scale is not None:
+        c = c0 + tl.arange(0, BK)
+        s = tl.load(scale + c, mask=c < C, other=0.0)
+        t = tl.load(shift + c, mask=c < C, other=0.0)
+        a = bn_relu(a, s[None, :], t[None, :])
+    return a
+
+
+@triton.jit
+def expand(
+    c2, scale, shift, w3, scale3, shift3, shortcut, wd, scaled, shiftd, y, P, Q, K, COLUMNS, GROUPS,
+    C: tl.constexpr, CX: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
+):  # fmt: skip
+    """A box of pixels times ``COLUMNS`` blocks of BN output channels. ``c2, w3, shortcut, wd, y`` are descriptors.
+
+    With ``wd``, ``shortcut`` is the projection's input; BX is the width of its chunks.
+    """
+    BM: tl.constexpr = TN * TH * TW
+    n0, p0, q0 = box_origin(tl.program_id(0) // GROUPS, P, Q, TN, TH, TW)
+    first = tl.program_id(0) % GROUPS * COLUMNS * BN
+    if C <= BK:
+        a = normalised_pixels(c2, scale, shift, n0, p0, q0, 0, C, BM, BK, FLAT)
+    if wd is not None and CX <= BX:
+        x = pixels(shortcut, n0, p0, q0, 0, BM, FLAT)
+    for k0 in range(first, tl.minimum(first + COLUMNS * BN, K), BN):
+        if C <= BK:
+            acc = tl.dot(a, w3.load([k0, 0]).T, input_precision=PRECISION)
+        else:
+            acc = tl.zeros((BM, BN), tl.float32)
+            for c0 in range(0, C, BK):
+                chunk = normalised_pixels(c2, scale, shift, n0, p0, q0, c0, C, BM, BK, FLAT)
+                acc = tl.dot(chunk, w3.load([k0, c0]).T, acc, input_precision=PRECISION)
+        k = k0 + tl.arange(0, BN)
+        inside = k < K
+        bias = tl.load(shift3 + k, mask=inside, other=0.0)
+        if wd is not None:
+            bias += tl.load(shiftd + k, mask=inside, other=0.0)
+        out = tl.fma(acc, tl.load(scale3 + k, mask=inside, other=0.0)[None, :], bias[None, :])
+        if wd is not None:
+            if CX <= BX:
+                projected = tl.dot(x, wd.load([k0, 0]).T, input_precision=PRECISION)
+            else:
+                projected = tl.zeros((BM, BN), tl.float32)
+                for c0 in range(0, CX, BX):
+                    chunk = pixels(shortcut, n0, p0, q0, c0, BM, FLAT)
+                    projected = tl.dot(chunk, wd.load([k0, c0]).T, projected, input_precision=PRECISION)
+            out = tl.fma(projected, tl.load(scaled + k, mask=inside, other=0.0)[None, :], out)
+        else:
+            out += pixels(shortcut, n0, p0, q0, k0, BM, FLAT).to(tl.float32)
+        out = relu(out).to(y.dtype)
+        if FLAT:
+            y.store([q0, k0], out)
+        else:
+            y.store([n0, p0, q0, k0], out.reshape(TN, TH, TW, BN))
+
+
+def launch_expand(
+    c2: torch.Tensor,
+    prologue: Normalised | None,
+    w3: torch.Tensor,
+    third: Normalised,
+    shortcut: torch.Tensor | Project,
+    y: torch.Tensor,
+    config: ConvConfig,
+    precision: str,
+) -> None:
+    """Launches :func:`expand`.
+
+    Args:
+        c2: ``[N,P,Q,C]`` dense, the 3x3's raw output; C a multiple of 16 bytes, as every channel count here.
+        prologue: BN2's vectors, or None where ``c2`` is multiplied as it is.
+        w3: ``[K,C]`` dense, dtype of ``c2``.
+        third: BN3's vectors.
+        shortcut: ``[N,P,Q,K]`` dense, or the projection.
+        y: ``[N,P,Q,K]`` dense.
+        config: one of :func:`expand_configs`.
+        precision: of fp32 products, ``"tf32"`` or ``"ieee"``.
+
+    Raises:
+        ValueError: the projection's sizes do not fit, or its stride is neither 1 nor 2.
+    """
+    n, p, q, c = c2.shape
+    k = w3.shape[0]
+    project = shortcut if isinstance(shortcut, Project) else None
+    source = project.x if project else shortcut
+    assert isinstance(source, torch.Tensor)
+    stride = project.stride if project else 1
+    if stride not in (1, 2):
+        raise ValueError(f"the projection's stride must be 1 or 2, got {stride}; project with a convolution of its own")
+    source = source[:, ::stride, ::stride]  # as a tensor map: the pixels that are read, whatever lies between them
+    if source.shape[:3] != c2.shape[:3]:
+        raise ValueError(
+            f"shortcut must have the pixels {n}x{p}x{q} of c2, got {tuple(source.shape[:3])} at stride {stride}"
+        )
+    flat = stride == 1
+    (tn, th, tw), bn = config.box, config.bn
+    if flat:
+        tn, th, tw, n, p, q = 1, 1, config.bm, 1, 1, n * p * q
+    box = [tw] if flat else [tn, th, tw]
+
+    def describe(t: torch.Tensor, channels: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(t.flatten(0, 2) if flat else t, [*box, channels])
+
+    cx = source.shape[-1] if project else 0
+    bk, bx = chunk(c, config), chunk(cx, config) if project else 0
+    rows = cdiv(n, tn) * cdiv(p, th) * cdiv(q, tw)
+    blocks = cdiv(k, bn)
+    columns = 1
+    if c <= bk and cx <= bx:  # split the columns only to occupy the device
+        columns = cdiv(blocks, min(blocks, cdiv(2 * multiprocessors(c2.device), rows)))
+    groups = cdiv(blocks, columns)
+    filters = TensorDescriptor.from_tensor
+    count("expand")
+    expand[(rows * groups,)](
+        describe(c2, bk), prologue.scale if prologue else None, prologue.shift if prologue else None,
+        filters(w3, [bn, bk]), third.scale, third.shift, describe(source, bx if project else bn),
+        filters(project.wd, [bn, bx]) if project else None, project.scale if project else None,
+        project.shift if project else None, describe(y, bn), p, q, k, columns, groups,
+        C=c, CX=cx, PRECISION=precision, FLAT=flat, TN=tn, TH=th, TW=tw, BN=bn, BK=bk, BX=bx,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def chunk(channels: int, config: ConvConfig) -> int:
+    """Channels of one chunk of the reduction."""
+    return min(config.bk, max(16, next_power_of_two(channels)))
+
+
+def expand_configs(shape: ConvShape, itemsize: int, project: ConvShape | None = None) -> list[ConvConfig]:
+    """Configurations for :func:`launch_expand`, none of which spills on sm_90 in bf16; the first is the heuristic.
+
+    Args:
+        shape: of the expanding convolution, pointwise.
+        itemsize: bytes of an element.
+        project: of the projection, or None for an identity shortcut.
+    """
+    flat = project is None or project.stride == 1
+
+    def config(bm: int, bn: int, bk: int, warps: int, stages: int) -> ConvConfig:
+        box = (1, 1, bm) if flat else least_waste_box(shape, bm)
+        return ConvConfig("expand", box, min(bn, max(16, next_power_of_two(shape.k))), bk, warps, stages)
+
+    return [config(128, 64, 128 // itemsize, 8, 3)]
