@@ -15,21 +15,21 @@ phase: a 1x1 with stride 1 then walks over phases, too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import ConvConfig, least_waste_box, next_power_of_two
+from .config import ConvConfig
+from .dgrad_phases import Walk, dgrad_configs, dgrad_parts, phased, walks
 from .geometry import ConvShape, cdiv
 from .launch import count
 from .prologue import BNBackward, Normalised, affine, bn_backward_of
 from .tiles import box_origin
 
-#: Programs that leave sums: two for each multiprocessor of an H200. The same on every GPU, and so are the bits.
-SUMMING_PROGRAMS = 264
+__all__ = ["dgrad_configs", "dgrad_parts", "launch_dgrad"]
 
 
 @triton.jit
@@ -65,8 +65,10 @@ def dgrad_tile(
 ):  # fmt: skip
     """One box of pixels times BN channels from ``c0`` on; returns the sums with those of this tile added.
 
-    Without a prologue the product is computed transposed, channels times pixels, both operands from shared memory.
+    The product is computed transposed, channels times pixels, so that both operands come from shared memory; not with
+    a prologue, whose result is in registers, nor with fewer channels than a matrix instruction has rows.
     """
+    TRANSPOSED: tl.constexpr = raw is None and BN >= 64
     BM: tl.constexpr = TN * TH * TW
     CHUNKS: tl.constexpr = (K + BK - 1) // BK
     HALVES: tl.constexpr = PHASES == 4
@@ -80,10 +82,7 @@ def dgrad_tile(
     b = phase % 2
     r0, r_step, r_count = taps_of(a, R, STRIDE, PAD, DIL)
     s0, s_step, s_count = taps_of(b, S, STRIDE, PAD, DIL)
-    if raw is not None:
-        acc = tl.zeros((BM, BN), tl.float32)
-    else:
-        acc = tl.zeros((BN, BM), tl.float32)
+    acc = tl.zeros((BN, BM) if TRANSPOSED else (BM, BN), tl.float32)
     for step in range(0, r_count * s_count * CHUNKS):
         k0 = step % CHUNKS * BK
         tap = step // CHUNKS
@@ -104,10 +103,11 @@ def dgrad_tile(
             d = bn_backward_of(
                 d, load_pixels(raw, n0, h0 + dh, w0 + dw, k0, a, b, K, D_HALVES).reshape(BM, BK), g1, g2, g3
             )
-            acc = tl.dot(d, filters, acc, input_precision=PRECISION)
-        else:
+        if TRANSPOSED:
             acc = tl.dot(filters.T, d.T, acc, input_precision=PRECISION)
-    if raw is not None:
+        else:
+            acc = tl.dot(d, filters, acc, input_precision=PRECISION)
+    if not TRANSPOSED:
         acc = acc.T
     if residual is not None:
         if HALF_RESIDUAL:
@@ -148,7 +148,7 @@ def dgrad(
     """One tile, or every ``walkers``-th one of a column block where sums are wanted.
 
     ``dy, raw, w, dx, residual, mask`` are tensor descriptors. N, H and W are those of a phase. ``PHASES`` 1: all tiles
-    are of phase ``PHASE``, whose pixels the descriptors have. ``PHASES`` 4: ``PHASE``, which has most taps, comes first.
+    are of phase ``PHASE``, whose pixels the descriptors have. ``PHASES`` 4: ``PHASE``, with most taps, comes first.
     ``EXACT``: no tile overhangs.
     """
     column_blocks: tl.constexpr = (C + BN - 1) // BN
@@ -169,7 +169,7 @@ def dgrad(
         )  # fmt: skip
     else:
         tiles = tl.cdiv(N, TN) * tl.cdiv(H, TH) * tl.cdiv(W, TW) * PHASES
-        for tile in range(first, tiles, walkers):
+        for tile in tl.range(first, tiles, walkers, num_stages=1):
             sums, products = dgrad_tile(
                 tile, c0, sums, products, dy, raw, g, w, dx, residual, mask, scales, shifts, N, H, W, K, C, R, S,
                 STRIDE, PAD, DIL, PHASES, PHASE, HALF_RESIDUAL, True, EXACT, PRECISION, TN, TH, TW, BN, BK,
@@ -177,62 +177,6 @@ def dgrad(
         row = parts + first * 2 * C + c
         tl.store(row, sums, mask=c < C)
         tl.store(row + C, products, mask=c < C)
-
-
-@dataclass(frozen=True)
-class Walk:
-    """One launch: ``count`` phases from ``phase`` on, each of ``n x h x w`` pixels in boxes of ``box``."""
-
-    count: int
-    phase: int
-    n: int
-    h: int
-    w: int
-    box: tuple[int, int, int]
-
-    @property
-    def tiles(self) -> int:
-        """Boxes of pixels in all."""
-        tn, th, tw = self.box
-        return self.count * cdiv(self.n, tn) * cdiv(self.h, th) * cdiv(self.w, tw)
-
-    @property
-    def exact(self) -> bool:
-        """Whether no box overhangs."""
-        tn, th, tw = self.box
-        return self.n % tn == self.h % th == self.w % tw == 0
-
-    def walkers(self, shape: ConvShape, config: ConvConfig) -> int:
-        """Programs of a column block where sums are wanted."""
-        return min(self.tiles, max(1, SUMMING_PROGRAMS // cdiv(shape.c, config.bn)))
-
-
-def walks(shape: ConvShape, config: ConvConfig, residual_stride: int = 1) -> list[Walk]:
-    """The launches of one gradient: one, or one a phase where the view of all phases does not exist."""
-    if shape.stride == residual_stride == 1:
-        if shape.pointwise:
-            return [Walk(1, 0, 1, 1, shape.n * shape.h * shape.w, (1, 1, config.bm))]
-        return [Walk(1, 0, shape.n, shape.h, shape.w, config.box)]
-    half = cdiv(shape.h, 2), cdiv(shape.w, 2)
-    box = config.box
-    if box[:2] == (1, 1):  # a row of pixels without a shape
-        box = pixel_box(shape.n, *half, config.bm)
-    blocks = shape.c % config.bn == 0 and (shape.stride == 2 or shape.k % config.bk == 0)
-    if shape.h % 2 == 0 and shape.w % 2 == 0 and blocks:
-        more_taps = 3 if shape.stride == 2 and shape.padding % 2 and (shape.r > 1 or shape.s > 1) else 0
-        return [Walk(4, more_taps, shape.n, *half, box)]
-    phases = ((2 * a + b, (shape.h + 1 - a) // 2, (shape.w + 1 - b) // 2) for a in (0, 1) for b in (0, 1))
-    return [Walk(1, phase, shape.n, h, w, box) for phase, h, w in phases if h and w]
-
-
-def pixel_box(n: int, h: int, w: int, bm: int) -> tuple[int, int, int]:
-    """The box of ``bm`` pixels that covers ``n`` images of ``h x w`` pixels best."""
-    return least_waste_box(ConvShape(n, h, w, 8, 8), bm)
-
-
-def dgrad_parts(shape: ConvShape, config: ConvConfig, residual_stride: int = 1) -> int:
-    """Rows of ``parts`` that :func:`launch_dgrad` fills."""
-    return sum(walk.walkers(shape, config) for walk in walks(shape, config, residual_stride))
 
 
 def launch_dgrad(
@@ -268,75 +212,85 @@ def launch_dgrad(
     Raises:
         ValueError: a combination of arguments that this kernel does not compute; the message names it.
     """
-    check(shape, prologue, mask, residual, residual_stride, parts, config)
-    bn, bk, c, k = config.bn, config.bk, shape.c, shape.k
-    normalised = mask[1] if isinstance(mask, tuple) else None
-    masked = mask[0] if isinstance(mask, tuple) else mask
+    check(shape, prologue, mask, residual_stride, config)
+    describe = TensorDescriptor.from_tensor
+    columns = cdiv(shape.c, config.bn)
     half = residual_stride == 2
-    w_box = TensorDescriptor.from_tensor(w.view(k, -1), [bk, bn])
+    masked, normalised = mask if isinstance(mask, tuple) else (mask, None)
+    scale, shift = (normalised.scale, normalised.shift) if normalised else (None, None)
+    raw, g = (prologue.c, prologue.g) if prologue else (None, None)
+    if parts is not None:
+        rows = dgrad_parts(shape, config, residual_stride)
+        if normalised is None or parts.shape[0] != rows:
+            raise ValueError(
+                f"parts has {parts.shape[0]} rows, mask is {type(mask).__name__}; allowed: {rows} rows and a "
+                "mask (c, Normalised), because the second sum is of dx * c"
+            )
     filled = 0
-    if parts is not None and parts.shape[0] != dgrad_parts(shape, config, residual_stride):
-        raise ValueError(
-            f"parts has {parts.shape[0]} rows; allowed: dgrad_parts(...) = {dgrad_parts(shape, config, residual_stride)}"
-        )
     for walk in walks(shape, config, residual_stride):
+        pixels = functools.partial(pixel_boxes, walk=walk, divided=phased(shape, residual_stride), flat=shape.pointwise)
+        d_pixels = functools.partial(pixels, divided=half and shape.stride == 1)
+        added = None
+        if half and (walk.phases == 4 or walk.phase == 0):
+            added = describe(residual, [*walk.box, config.bn])
+        elif not half:
+            added = pixels(residual, config.bn)
+        programs = walk.tiles if parts is None else walk.summing(columns)
         tn, th, tw = walk.box
-        phased = shape.stride == 2 or half
-        flat = shape.pointwise and not phased
-
-        def pixels(t: torch.Tensor | None, block: int, phased: bool = phased, flat: bool = flat, walk: Walk = walk):
-            if t is None:
-                return None
-            box = [*walk.box, block]
-            if flat:
-                return TensorDescriptor.from_tensor(t.view(1, 1, -1, t.shape[3]), box)
-            if phased and walk.count == 4:
-                n, h, width, channels = t.shape
-                image, row, pixel, _ = t.stride()
-                sizes, strides = [n, h // 2, 2, width // 2, 2 * channels], [image, 2 * row, row, 2 * pixel, 1]
-                return TensorDescriptor(t, sizes, strides, [*box[:2], 1, *box[2:]])
-            if phased:
-                t = t[:, walk.phase // 2 :: 2, walk.phase % 2 :: 2]
-            return TensorDescriptor.from_tensor(t, box)
-
-        d_phased = phased and shape.stride == 1
-        added = residual
-        if half and walk.count == 1 and walk.phase:
-            added = None
-        walkers = walk.tiles if parts is None else walk.walkers(shape, config)
         count("dgrad")
-        dgrad[(walkers * cdiv(c, bn),)](
-            pixels(dy, bk, d_phased), None if prologue is None else pixels(prologue.c, bk, d_phased),
-            None if prologue is None else prologue.g, w_box, pixels(dx, bn), pixels(added, bn, phased and not half),
-            pixels(masked, bn), *((normalised.scale, normalised.shift) if normalised else (None, None)),
-            None if parts is None else parts[filled:], walkers, walk.n, walk.h, walk.w, K=k, C=c, R=shape.r, S=shape.s,
-            STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation, PHASES=walk.count, PHASE=walk.phase,
-            HALF_RESIDUAL=half, EXACT=walk.exact, PRECISION=precision,
-            TN=tn, TH=th, TW=tw, BN=bn, BK=bk, num_warps=config.warps, num_stages=config.stages,
+        dgrad[(programs * columns,)](
+            d_pixels(dy, config.bk), d_pixels(raw, config.bk), g, describe(w.flatten(1), [config.bk, config.bn]),
+            pixels(dx, config.bn), added, pixels(masked, config.bn), scale, shift,
+            None if parts is None else parts[filled:], programs, walk.n, walk.h, walk.w,
+            K=shape.k, C=shape.c, R=shape.r, S=shape.s, STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation,
+            PHASES=walk.phases, PHASE=walk.phase, HALF_RESIDUAL=half, EXACT=walk.exact, PRECISION=precision,
+            TN=tn, TH=th, TW=tw, BN=config.bn, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        filled += walkers
+        filled += programs
 
 
-def check(shape, prologue, mask, residual, residual_stride, parts, config) -> None:
-    """Raises ValueError for a combination of arguments that this kernel does not compute."""
+def pixel_boxes(
+    t: torch.Tensor | None, channels: int, walk: Walk, divided: bool, flat: bool
+) -> TensorDescriptor | None:
+    """Describes a dense ``[N,H,W,C]`` by the boxes of a walk.
+
+    Args:
+        t: the tensor, or None.
+        channels: of a box.
+        walk: whose pixels.
+        divided: whether pixels are told apart by parity: then all phases (rank 5), or the walk's own.
+        flat: whether they are one row otherwise.
+    """
+    if t is None:
+        return None
+    box = [*walk.box, channels]
+    if divided and walk.phases == 4:
+        n, h, w, c = t.shape
+        sizes, strides = [n, h // 2, 2, w // 2, 2 * c], [h * w * c, 2 * w * c, w * c, 2 * c, 1]
+        return TensorDescriptor(t, sizes, strides, [*box[:2], 1, *box[2:]])
+    if divided:
+        t = t[:, walk.phase // 2 :: 2, walk.phase % 2 :: 2]
+    elif flat:
+        t = t.view(1, 1, -1, t.shape[3])
+    return TensorDescriptor.from_tensor(t, box)
+
+
+def check(
+    shape: ConvShape,
+    prologue: BNBackward | None,
+    mask: tuple[torch.Tensor, Normalised] | torch.Tensor | None,
+    residual_stride: int,
+    config: ConvConfig,
+) -> None:
+    """Raises ValueError for what :func:`launch_dgrad` does not compute."""
     if config.kernel != "dgrad":
-        raise ValueError(f"config.kernel={config.kernel!r}; allowed: 'dgrad', as dgrad_configs() gives")
+        raise ValueError(f"config.kernel={config.kernel!r}; allowed: 'dgrad', see dgrad_configs")
     if shape.stride not in (1, 2):
-        raise ValueError(
-            f"stride={shape.stride} has no gradient kernel; allowed: 1, 2. Use torch's convolution_backward."
-        )
+        raise ValueError(f"stride={shape.stride}; allowed: 1 or 2. Use torch.ops.aten.convolution_backward.")
     if residual_stride not in (1, 2):
-        raise ValueError(f"residual_stride={residual_stride!r}; allowed: 1, 2")
-    one = shape.r == shape.s == 1 and shape.padding == 0
-    if prologue is not None and not one:
-        raise ValueError(f"a prologue is for 1x1 convolutions without padding, got {shape}; form dy beforehand")
-    if residual_stride == 2 and shape.stride == 1 and not one:
-        raise ValueError(
-            f"residual_stride=2 is for stride 2 or 1x1 convolutions, got {shape}; add it in a pass of its own"
-        )
-    if parts is not None and not isinstance(mask, tuple):
-        raise ValueError("parts needs mask=(c, Normalised): its second row sums dx * c")
-
-
-def dgrad_configs(shape: ConvShape, itemsize: int, prologue: bool) -> list[ConvConfig]:
-    return []
+        raise ValueError(f"residual_stride={residual_stride!r}; allowed: 1 or 2")
+    single_tap = shape.r == shape.s == 1 and shape.padding == 0
+    if prologue is not None and not single_tap:
+        raise ValueError(f"a prologue is for 1x1 convolutions without padding, got {shape}; form its result beforehand")
+    if residual_stride == 2 and shape.stride == 1 and not single_tap:
+        raise ValueError(f"residual_stride=2 is for 1x1 convolutions or stride 2, got {shape}; add it beforehand")
