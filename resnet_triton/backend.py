@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 BACKENDS = ("auto", "triton", "cudnn")
+MEMORY = ("auto", "gram", "stored")
 _current = "auto"
 _chains = True
+_memory = "auto"
+_planning_cuda = False
 
 
 def current_backend() -> str:
@@ -23,27 +26,59 @@ def chains_allowed() -> bool:
     return _chains and _current != "cudnn"
 
 
+def memory() -> str:
+    """What training keeps for the backward: ``"auto"``, ``"gram"`` or ``"stored"``, see :func:`use_backend`."""
+    return _memory
+
+
+def state() -> tuple[str, bool, str, bool]:
+    """All that is in force, to tell whether it changed."""
+    return _current, _chains, _memory, _planning_cuda
+
+
+def planning_cuda() -> bool:
+    """Whether shape-only tensors stand for those of a GPU."""
+    return _planning_cuda
+
+
 @contextmanager
-def use_backend(name: str, *, chains: bool = True) -> Iterator[None]:
+def planning_for_cuda(is_cuda: bool) -> Iterator[None]:
+    """Within the block, shape-only tensors stand for those of a GPU (``explain``)."""
+    global _planning_cuda
+    before, _planning_cuda = _planning_cuda, is_cuda
+    try:
+        yield
+    finally:
+        _planning_cuda = before
+
+
+@contextmanager
+def use_backend(name: str, *, chains: bool = True, memory: str = "auto") -> Iterator[None]:
     """Within the block, every op of this process uses one backend.
 
     Args:
         name: ``"auto"`` picks per layer (the default), ``"triton"`` always runs this package's kernels (CPU tensors
             need ``TRITON_INTERPRET=1``), ``"cudnn"`` always runs PyTorch's own operators.
         chains: whether several convolutions may share a kernel where that is predicted or measured to be faster.
+        memory: what a training step keeps of a bottleneck's last convolution and projection. ``"gram"``: nothing,
+            their statistics come from their inputs' second moments; ``"stored"``: their raw outputs; ``"auto"``: the
+            first in 16-bit dtypes on a GPU with a tensor memory accelerator. On the CPU, ``"auto"`` trains on PyTorch's
+            own modules, the others on this package's steps, which keep less.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, or another ``memory``.
     """
-    global _current, _chains
+    global _current, _chains, _memory
     if name not in BACKENDS:
         raise ValueError(f"use_backend got name={name!r}; allowed are {', '.join(map(repr, BACKENDS))}")
-    before = _current, _chains
-    _current, _chains = name, chains
+    if memory not in MEMORY:
+        raise ValueError(f"use_backend got memory={memory!r}; allowed are {', '.join(map(repr, MEMORY))}")
+    before = _current, _chains, _memory
+    _current, _chains, _memory = name, chains, memory
     try:
         yield
     finally:
-        _current, _chains = before
+        _current, _chains, _memory = before
 
 
 def dot_precision(dtype: torch.dtype) -> str:

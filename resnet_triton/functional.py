@@ -260,11 +260,11 @@ def _distinct(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
 
 def _autocast(first: Tensor, *others: Tensor | None) -> tuple:
     """All arguments in autocast's dtype where it is on for the device and they are fp32, fp16 or bf16."""
-    dtype = _autocast_dtype(first)
+    dtype = autocast_dtype(first)
     return (first, *others) if dtype is None else tuple(_cast(t, dtype) for t in (first, *others))
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of autocast where it is on for the device of ``x``, else None."""
     device = "cuda" if x.is_cuda else x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta device
@@ -287,7 +287,7 @@ def _operands(x: Tensor, shortcut: Tensor, units: Sequence[ConvBN | None]) -> tu
     groups: list[list[Tensor | None]] = []
     eps: list[float] = []
     geometry: list[int] = []
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
         x, shortcut = _cast(x, dtype), _cast(shortcut, dtype)
     for unit in units:

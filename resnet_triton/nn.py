@@ -36,11 +36,14 @@ from .structure import (
     stem_units,
     structural_reason,
     transient_reason,
+    uses_batch_statistics,
     why_not_head,
     why_not_shortcut,
     why_not_stem,
     why_not_unit,
 )
+from .training.modules import run_block as run_training_block
+from .training.modules import run_stem as run_training_stem
 
 
 def unit(conv: Converted, norm: Converted) -> ConvBN:
@@ -77,6 +80,16 @@ def _apply(x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = No
     )
 
 
+def _apply_modules(
+    x: Tensor, conv: Converted, norm: Converted, relu: bool = True, residual: Tensor | None = None
+) -> Tensor:
+    """A convolution, its normalisation by whichever statistics, an addition and a ReLU."""
+    u = unit(conv, norm)
+    if uses_batch_statistics(norm):
+        return run_training_block(x, residual, [u], [norm], relu=relu)
+    return _apply(x, u, relu, residual)
+
+
 # Blocks
 
 
@@ -84,7 +97,8 @@ class Block(NamedTuple):
     """What runs of a fusable block: its units, and its projection shortcut behind ``before``.
 
     ``strided`` is the step at which the shortcut reads the block's input, 1 where the first convolution may not be
-    computed ahead of the rest.
+    computed ahead of the rest. ``norms`` are the modules of the normalisations, the projection's last, where one of
+    them has batch statistics, else empty.
     """
 
     first: ConvBN
@@ -92,18 +106,30 @@ class Block(NamedTuple):
     before: tuple[nn.Module, ...]
     project: ConvBN | None
     strided: int
+    norms: tuple[nn.Module, ...] = ()
 
 
 def _read(block: Converted) -> Block:
     spec = block._resnet_triton.spec
-    first, *rest = [unit(*u.read(block)[:2]) for u in spec.units]
+    pairs = [u.read(block)[:2] for u in spec.units]
+    first, *rest = [unit(*pair) for pair in pairs]
+    norms = [norm for _, norm in pairs]
     parts = projection(getattr(block, spec.shortcut))
     if parts is None:
-        return Block(first, rest, (), None, 1)
+        return Block(first, rest, (), None, 1, _if_training(norms))
     project = unit(parts.conv, parts.norm)
+    norms.append(parts.norm)
     plain = len(parts.before) == 0 and len(rest) == 2 and first.stride == 1
     pointwise = all(u.weight.shape[2:] == (1, 1) and u.padding == 0 for u in (first, project))
-    return Block(first, rest, parts.before, project, project.stride if plain and pointwise else 1)
+    strided = project.stride if plain and pointwise else 1
+    return Block(first, rest, parts.before, project, strided, _if_training(norms))
+
+
+def _if_training(norms: list[nn.Module]) -> tuple[nn.Module, ...]:
+    for norm in norms:
+        if uses_batch_statistics(norm):
+            return tuple(norms)
+    return ()
 
 
 def _read_stage(stage: Converted) -> list[Block] | None:
@@ -124,15 +150,25 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
     t = None
     inference = not torch.is_grad_enabled()
     step = 1  # at which the block before stored x
-    for i, (first, rest, before, project, _) in enumerate(blocks):
+    for i, (first, rest, before, project, _, norms) in enumerate(blocks):
+        last = i + 1 == len(blocks)
         shortcut = x
         for m in before:
             shortcut = m(shortcut)
+        if norms:
+            # what goes back to a block from the next one is already zero where that block's ReLU was
+            masks, masked = i > 0 and _masks(blocks[i]), not last and _masks(blocks[i + 1])
+            units = [first, *rest] if project is None else [first, *rest, project]
+            with_project = project is not None
+            masks = masks and len(blocks[i - 1].norms) > 0
+            x = run_training_block(x, shortcut, units, norms, with_project, masked_grad=masked, mask_input=masks)
+            if pool and last:
+                x = x.mean((2, 3), keepdim=True)
+            continue
         if project is not None and step > 1:
             project = project._replace(stride=1)
-        last = i + 1 == len(blocks)
         following, step = None, 1
-        if not last and len(blocks[i + 1].rest) == 2:
+        if not last and len(blocks[i + 1].rest) == 2 and not blocks[i + 1].norms:
             following, step = blocks[i + 1].first, blocks[i + 1].strided if inference else 1
         then: dict[str, Any] = {"downsample": project, "next": following, "subsample": step, "pool": pool and last}
         if t is None and len(rest) == 2 and len(before) == 0:
@@ -140,6 +176,11 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
         else:
             x, t = functional.block_tail(_apply(x, first) if t is None else t, shortcut, *rest, **then)
     return x
+
+
+def _masks(block: Block) -> bool:
+    """Whether the gradient of a block's input can come masked by that input's ReLU: nothing else reads the input."""
+    return len(block.norms) > 0 and len(block.before) == 0
 
 
 def run_block(block: Converted, x: Tensor) -> Tensor:
@@ -166,9 +207,9 @@ def _run_units(block: Converted, x: Tensor) -> Tensor:
     rest = [m for m in (*then, *(getattr(block, name) for name in spec.branch)) if not does_nothing(m)]
     fusable = why_not_unit(last, conv, norm) is None
     if fusable and not rest:
-        y = _apply(t, unit(conv, norm), relu, shortcut)
+        y = _apply_modules(t, conv, norm, relu, shortcut)
         return y if relu else activation(y)
-    y = _apply(t, unit(conv, norm), relu=False) if fusable else norm(conv(t))
+    y = _apply_modules(t, conv, norm, relu=False) if fusable else norm(conv(t))
     for m in rest:
         y = m(y)
     return functional.add_relu(y, shortcut) if relu else activation(y + shortcut)
@@ -180,7 +221,7 @@ def _run_unit(spec: UnitSpec, block: Converted, x: Tensor) -> Tensor:
     then = [m for m in then if not does_nothing(m)]
     if why_not_unit(spec, conv, norm) is None:
         relu = len(then) > 0 and type(then[0]) is nn.ReLU
-        x = _apply(x, unit(conv, norm), relu)
+        x = _apply_modules(x, conv, norm, relu)
         then = then[relu:]
     else:
         x = norm(conv(x))
@@ -199,7 +240,7 @@ def _run_shortcut(block: Converted, x: Tensor) -> Tensor:
         return x
     for m in parts.before:
         x = m(x)
-    return _apply(x, unit(parts.conv, parts.norm), relu=False)
+    return _apply_modules(x, parts.conv, parts.norm, relu=False)
 
 
 # Stages and containers
@@ -218,15 +259,18 @@ def run_stem(conv: Converted, norm: Converted, act: Converted, x: Tensor, pool: 
     """
     units = stem_units(conv, norm, act)
     assert units is not None
-    *first, last = [(c, unit(c, n)) for c, n, _ in units]
-    for _, u in first:
-        x = _apply(x, u)
-    conv, u = last
+    *first, (conv, norm, _) = units
+    for before in first:
+        x = _apply_modules(x, *before[:2])
     if is_imagenet_conv(conv):
+        u = unit(conv, norm)
         fused_pool = pool is not None and is_imagenet_pool(pool)
-        x = functional.stem(x, u.weight, *u.vectors, eps=u.eps, pool=fused_pool)
-        return x if fused_pool or pool is None else pool(x)
-    x = _apply(x, u)
+        if not uses_batch_statistics(norm):
+            x = functional.stem(x, u.weight, *u.vectors, eps=u.eps, pool=fused_pool)
+            return x if fused_pool or pool is None else pool(x)
+        if fused_pool:
+            return run_training_stem(x, u, norm)
+    x = _apply_modules(x, conv, norm)
     return x if pool is None else pool(x)
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from . import backend
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,8 @@ class Remembered(Generic[T]):
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         self.function = function
-        self.known: WeakKeyDictionary[nn.Module, tuple[Snapshot, dict[str, Any], list[Any], T]] = WeakKeyDictionary()
+        self.known: WeakKeyDictionary[nn.Module, tuple[Snapshot, dict[str, Any], list[Any], tuple, T]]
+        self.known = WeakKeyDictionary()
 
     def __call__(self, m: Any) -> T:
         """The function's value for a module that has no hooks itself."""
@@ -65,15 +68,16 @@ class Remembered(Generic[T]):
             return self.function(m)
         known = self.known.get(m)
         if known is not None:
-            snapshot, children, were, value = known
-            if m._modules is children and list(children.values()) == were and snapshot.holds():
+            snapshot, children, were, state, value = known
+            same = m._modules is children and list(children.values()) == were and backend.state() == state
+            if same and snapshot.holds():
                 return value
         value = self.function(m)
         below = [child for child in m.modules() if child is not m]
         plain = all(isinstance(t, nn.Parameter) for child in below for t in child._parameters.values() if t is not None)
         snapshot = Snapshot(below)
         if plain and snapshot.holds():  # no hook, and not the tensors of one torch.func.functional_call
-            self.known[m] = (snapshot, m._modules, list(m._modules.values()), value)
+            self.known[m] = (snapshot, m._modules, list(m._modules.values()), backend.state(), value)
         else:
             self.known.pop(m, None)
         return value

@@ -151,12 +151,13 @@ def dense_vectors(vectors: Vectors) -> Vectors:
 
 def check_conv(x: Tensor, weight: Tensor, vectors: Vectors, residual: Tensor | None) -> None:
     """Raises ValueError naming the argument, what came, what is allowed, and the way out."""
-    _check_sizes(x.shape, weight.shape)
+    check_sizes(x.shape, weight.shape)
     check_types(x, weight)
     check_operands(x, weight, vectors, residual)
 
 
-def _check_sizes(x: Sequence[int], weight: Sequence[int]) -> None:
+def check_sizes(x: Sequence[int], weight: Sequence[int]) -> None:
+    """Raises ValueError unless a convolution's input and weight have four sizes and agree in the channels."""
     if len(x) != 4:
         raise ValueError(f"x must be [N, C, H, W], got {tuple(x)}; add a batch dimension with x[None]")
     if len(weight) != 4:
@@ -227,7 +228,7 @@ def conv_geometry(
     x: torch.Size, weight: torch.Size, stride: int, padding: int, dilation: int
 ) -> tuple[ConvShape, tuple[int, int, int, int]]:
     """The convolution and its output's shape, for the shapes of x and weight."""
-    _check_sizes(x, weight)
+    check_sizes(x, weight)
     out = conv_out_shape(x, weight, stride, padding, dilation)
     n, c, h, w = x
     k, _, r, s = weight

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from . import backend
+
 # Converted modules and their children: attributes that only a spec knows, so nothing for a type checker to see.
 Converted = Any
 
@@ -128,8 +130,6 @@ def why_not_conv(conv: Converted) -> str | None:
 def why_not_norm(norm: Converted) -> str | None:
     """Why a normalisation cannot run fused whatever the mode, or None."""
     if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        if norm.running_mean is None:
-            return "keeps no running statistics (track_running_stats=False)"
         return None
     if type(norm) is nn.Identity or frozen_eps(norm) is not None:
         return None
@@ -321,14 +321,34 @@ def why_not_now(modules: Iterable[Converted]) -> str | None:
             return f"a hook is registered on a {type(m).__name__}"
         if "forward" in m.__dict__:
             return f"the forward of a {type(m).__name__} was replaced on the instance"
-        if m.training and isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            return "BatchNorm is in training mode; batch statistics run on PyTorch's modules"
+        if uses_batch_statistics(m) and (reason := why_not_training(m)):
+            return reason
         weight = m._parameters.get("weight")
         if hasattr(weight, "__tensor_flatten__"):  # torchao's and DTensor know PyTorch's operators only
             return f"the weight of a {type(m).__name__} is a {type(weight).__name__}"
     if torch_module._has_any_global_hook():
         return "a global module hook is registered"
     return None
+
+
+def uses_batch_statistics(m: Converted) -> bool:
+    """Whether a module is a BatchNorm that normalises by the statistics of the batch."""
+    return isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) and (m.training or m.running_mean is None)
+
+
+def why_not_training(norm: Converted) -> str | None:
+    """Why batch statistics run on PyTorch's modules now, or None.
+
+    On a CPU nothing is gained in time; where less memory is asked for, or a GPU is planned for, they run fused.
+    """
+    if backend.current_backend() == "cudnn":
+        return "use_backend('cudnn'): batch statistics run on PyTorch's modules"
+    if backend.memory() != "auto" or backend.current_backend() == "triton" or backend.planning_cuda():
+        return None
+    for t in (norm.weight, norm.running_mean):
+        if t is not None and t.is_cuda:
+            return None
+    return "batch statistics on a CPU run on PyTorch's modules; use_backend('auto', memory='gram') keeps less in memory"
 
 
 def is_hooked(m: nn.Module) -> bool:

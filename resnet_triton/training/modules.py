@@ -1,0 +1,184 @@
+"""Runs modules whose BN have batch statistics: from modules to the operators of training, and back to their buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backend
+from ..functional import ConvBN, autocast_dtype
+from ..structure import uses_batch_statistics
+from . import block as blocks
+from . import functions, sync
+from .block import Form, Unit
+
+Norm = Any  # nn.BatchNorm2d or what stands in its place
+
+
+def run_block(
+    x: Tensor,
+    shortcut: Tensor | None,
+    units: Sequence[ConvBN],
+    norms: Sequence[Norm],
+    project: bool = False,
+    *,
+    relu: bool = True,
+    masked_grad: bool = False,
+    mask_input: bool = False,
+) -> Tensor:
+    """A block, or a single convolution with its BN, some of whose BN have batch statistics; updates their buffers.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        shortcut: what is added, or projected; ``x`` itself for a block without anything before its shortcut; or None.
+        units: of the main path, then the projection's.
+        norms: the modules of their BN.
+        project: whether there is a projection.
+        relu: whether a ReLU comes last.
+        masked_grad, mask_input: see :class:`.block.Form`.
+    """
+    own = shortcut is x
+    x, other = _cast(x), None if own or shortcut is None else _cast(shortcut)
+    tensors: list[Tensor | None] = []
+    eps: list[float] = []
+    geometry: list[int] = []
+    for u, norm in zip(units, norms, strict=True):
+        tensors += _tensors(u, norm, x)
+        eps.append(u.eps)
+        geometry += (u.stride, u.padding, u.dilation)
+    group = _group(norms)
+    gram = _gram(x, units, norms, project, relu and shortcut is not None, group)
+    flags = [relu, own, gram, masked_grad, mask_input]
+    if functions.differentiating((x, other, *tensors)):
+        y, *saved = functions.TrainBlock.apply(x, other, eps, geometry, project, flags, group, *tensors)
+    else:
+        y, *saved = functions.ops.train_block(x, other, tensors, eps, geometry, project, flags, group)
+    n = len(units)
+    main = n - project
+    first = main - gram  # behind the raw outputs come the stats, the projection's behind its raw output
+    stats = saved[first : first + main]
+    if project:
+        stats.append(saved[first + main + (not gram)])
+    sizes = [_pixels(saved[i]) for i in range(first)]
+    sizes += [_pixels(y)] * (n - first)
+    update_running(norms, stats, sizes)
+    return y
+
+
+def _pixels(c: Tensor) -> int:
+    return c.shape[0] * c.shape[2] * c.shape[3]
+
+
+def run_stem(x: Tensor, u: ConvBN, norm: Norm) -> Tensor:
+    """The ImageNet stem up to its max-pool, with batch statistics."""
+    x = _cast(x)
+    tensors = _tensors(u, norm, x)
+    group = _group((norm,))
+    if functions.differentiating((x, *tensors)):
+        y, raw, stats = functions.TrainStem.apply(x, *tensors, u.eps, group)
+    else:
+        y, raw, stats = functions.ops.train_stem(x, *tensors, u.eps, group)
+    update_running((norm,), (stats,), (_pixels(raw),))
+    return y
+
+
+def _cast(x: Tensor) -> Tensor:
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _tensors(u: ConvBN, norm: Norm, x: Tensor) -> list[Tensor | None]:
+    """weight, gamma, beta, mean and var of a unit as the operators of training take them."""
+    if autocast_dtype(x) is None and u.weight.dtype != x.dtype:
+        raise ValueError(
+            f"x has dtype {x.dtype}, weight has {u.weight.dtype}; both must be the same floating type: "
+            f"convert one with .to(), or run under torch.autocast"
+        )
+    if uses_batch_statistics(norm):
+        return [u.weight, u.gamma, u.beta, None, None]
+    if u.mean is None or u.var is None:  # no BN: the convolution's bias is all there is
+        zero = x.new_zeros(u.weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+        return [u.weight, None, u.bias, zero, torch.ones_like(zero)]
+    return [u.weight, u.gamma, u.beta, u.mean, u.var]
+
+
+def _group(norms: Sequence[Norm]) -> str:
+    """The process group that shares batch statistics, or ``""``."""
+    for norm in norms:
+        if type(norm) is nn.SyncBatchNorm and norm.training:
+            return sync.group_name(norm.process_group)
+    return ""
+
+
+def _gram(x: Tensor, units: Sequence[ConvBN], norms: Sequence[Norm], project: bool, adds: bool, group: str) -> bool:
+    """Whether a block's end is in the Gram form."""
+    memory = backend.memory()
+    if memory == "stored" or not adds:
+        return False
+    if memory == "auto" and (x.dtype.itemsize != 2 or not has_kernels(x)):
+        return False
+    found = [
+        Unit(
+            u.weight,
+            None,
+            None,
+            None if uses_batch_statistics(norm) else u.weight,
+            None,
+            0.0,
+            (u.stride, u.padding, u.dilation),
+        )
+        for u, norm in zip(units, norms, strict=True)
+    ]
+    return blocks.may_be_gram(found[: len(found) - project], found[-1] if project else None, Form(group=group))
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the kernels of the Gram form may run on the device of ``x``."""
+    if x.is_cuda:
+        return torch.version.hip is None and torch.cuda.get_device_properties(x.device).major >= 9
+    return backend.planning_cuda() or backend.current_backend() == "triton"
+
+
+# Running statistics
+
+
+def update_running(norms: Sequence[Norm], stats: Sequence[Tensor], pixels: Sequence[int]) -> None:
+    """Moves running means and variances towards the batch's, as PyTorch does: unbiased variance, momentum or average.
+
+    Not while a backward computes a checkpointed forward again.
+
+    Args:
+        norms: BN modules; those without running statistics or in eval mode are left alone.
+        stats: of each, rows mean and variance first; a sixth row is the count.
+        pixels: over which each was computed.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return
+    running: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    counters: list[Tensor] = []
+    with torch.no_grad():
+        for norm, its, count in zip(norms, stats, pixels, strict=True):
+            if not uses_batch_statistics(norm) or not norm.training or norm.running_mean is None:
+                continue
+            n: Any = its[5] if its.shape[0] == 6 else count
+            var = its[1] * (n / (n - 1))
+            new = [its[0].to(norm.running_mean.dtype), var.to(norm.running_var.dtype)]
+            if norm.momentum is None:
+                if norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.add_(1)
+                    share = 1.0 / norm.num_batches_tracked.to(new[0].dtype)
+                    norm.running_mean.lerp_(new[0], share)
+                    norm.running_var.lerp_(new[1], share)
+                continue
+            if norm.num_batches_tracked is not None:
+                counters.append(norm.num_batches_tracked)
+            old, to = running.setdefault(norm.momentum, ([], []))
+            old += [norm.running_mean, norm.running_var]
+            to += new
+        if counters:
+            torch._foreach_add_(counters, 1)
+        for momentum, (old, to) in running.items():
+            torch._foreach_lerp_(old, to, momentum)

@@ -1,0 +1,229 @@
+"""The ``torch.ops.resnet_triton`` operators of training: a block's forward and backward, and the stem's.
+
+As in :mod:`resnet_triton.ops`, a graph never depends on the plan. What depends on it is what a kernel does, not which
+tensors there are: that follows from :class:`.block.Form`, which is part of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import FAKES, IMPLEMENTATIONS, library
+from ..steps import channels_last, check_sizes, conv_out_shape, new_channels_last
+from . import block, stem
+from .block import Form, Needs, Saved, Unit
+from .reference import wide
+
+UNIT = ("weight", "gamma", "beta", "mean", "var")
+FLAGS = ("relu", "own_shortcut", "gram", "masked_grad", "mask_input")
+
+library.define(
+    "train_block(Tensor x, Tensor? shortcut, Tensor?[] tensors, float[] eps, int[] geometry, bool project, "
+    "bool[] flags, str group) -> Tensor[]"
+)
+library.define(
+    "train_block_backward(Tensor grad, Tensor x, Tensor? shortcut, Tensor?[] tensors, Tensor[] saved, float[] eps, "
+    "int[] geometry, bool project, bool[] flags, str group, bool[] needs) -> Tensor[]"
+)
+library.define(
+    "train_stem(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, float eps, str group) "
+    "-> Tensor[]"
+)
+library.define(
+    "train_stem_backward(Tensor grad, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, "
+    "Tensor[] saved, float eps, str group, bool[] needs) -> Tensor[]"
+)
+
+
+def units_of(tensors: Sequence[Tensor | None], eps: Sequence[float], geometry: Sequence[int]) -> list[Unit]:
+    """The units of flat lists: five tensors, an eps and three integers each."""
+    n = len(eps)
+    if n == 0 or len(tensors) != len(UNIT) * n or len(geometry) != 3 * n:
+        raise ValueError(
+            f"{n} eps need {len(UNIT) * n} tensors ({', '.join(UNIT)} each) and {3 * n} geometry values, "
+            f"got {len(tensors)} and {len(geometry)}"
+        )
+    units = []
+    for i in range(n):
+        weight, gamma, beta, mean, var = tensors[5 * i : 5 * i + 5]
+        if weight is None or (mean is None) != (var is None):
+            raise ValueError(f"unit {i} needs a weight, and mean and var both or neither")
+        stride, padding, dilation = geometry[3 * i : 3 * i + 3]
+        units.append(Unit(weight, gamma, beta, mean, var, eps[i], (stride, padding, dilation)))
+    return units
+
+
+def _parts(tensors, eps, geometry, project: bool, flags, group: str) -> tuple[list[Unit], Unit | None, Form]:
+    units = units_of(tensors, eps, geometry)
+    shortcut = units.pop() if project else None
+    if not units:
+        raise ValueError("project is set, but the only unit is the projection's")
+    return units, shortcut, Form(**dict(zip(FLAGS, flags, strict=True)), group=group)
+
+
+def _check(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: Unit | None, form: Form) -> list[tuple]:
+    """The shape of each raw output, the projection's last; raises ValueError naming what does not fit."""
+    shapes, size = [], tuple(x.shape)
+    for i, u in enumerate(units):
+        shapes.append(_check_unit(f"unit {i}", size, u, x))
+        size = shapes[-1]
+    added: tuple | None = tuple(x.shape) if form.own_shortcut else None if shortcut is None else tuple(shortcut.shape)
+    if project is not None:
+        if added is None:
+            raise ValueError("there is a projection, but no shortcut to project; pass shortcut, or set own_shortcut")
+        shapes.append(_check_unit("the projection", added, project, x))
+        added = shapes[-1]
+    if added is not None and added != shapes[len(units) - 1]:
+        raise ValueError(f"the shortcut has shape {added}, the block computes {shapes[len(units) - 1]}")
+    if shortcut is not None and (shortcut.dtype != x.dtype or shortcut.device != x.device):
+        raise ValueError(f"shortcut is {shortcut.dtype} on {shortcut.device}, x is {x.dtype} on {x.device}")
+    count = x.shape[0] * shapes[len(units) - 1][2] * shapes[len(units) - 1][3]
+    if isinstance(count, int) and count <= 1 and form.group == "" and any(u.by_batch for u in units):
+        raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    return shapes
+
+
+def _check_unit(name: str, size: tuple, u: Unit, x: Tensor) -> tuple:
+    check_sizes(size, u.weight.shape)
+    if not x.is_floating_point() or not u.weight.is_floating_point():
+        raise ValueError(f"{name}: x is {x.dtype}, the weight {u.weight.dtype}; both must be floating point")
+    k = u.weight.shape[0]
+    for what, tensor in zip(UNIT, u[:5], strict=True):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: {what} is on {tensor.device}, x on {x.device}; move both to one device")
+        if what != "weight" and tensor is not None and tuple(tensor.shape) != (k,):
+            raise ValueError(f"{name}: {what} must be [K] = [{k}], got {tuple(tensor.shape)}")
+    return conv_out_shape(size, u.weight.shape, *u.geometry)
+
+
+def train_block(x, shortcut, tensors, eps, geometry, project, flags, group):
+    """Implementation of ``torch.ops.resnet_triton.train_block``: output and what the backward needs."""
+    units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
+    _check(x, shortcut, units, projection, form)
+    x = channels_last(x)
+    shortcut = None if shortcut is None else channels_last(shortcut)
+    return block.forward(x, shortcut, units, projection, form).flat()
+
+
+def _fake_train_block(x, shortcut, tensors, eps, geometry, project, flags, group):
+    units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
+    shapes = _check(x, shortcut, units, projection, form)
+    n, vector = len(units), wide(x.dtype)
+    projections = [] if projection is None else [projection]
+
+    def new(*shape):
+        return x.new_empty(shape, dtype=vector)
+
+    raws = [new_channels_last(x, *shape) for shape in shapes]
+    rows = 6 if group else 5
+    stats = [new(rows if u.by_batch else 5, u.weight.shape[0]) for u in (*units, *projections)]
+    ends = [units[-1], *projections] if form.gram else []
+    grams = [(new(u.weight.shape[1], u.weight.shape[1]), new(u.weight.shape[1])) for u in ends]
+    saved = Saved(
+        new_channels_last(x, *shapes[n - 1]), raws[: n - form.gram], raws[n] if project and not form.gram else None,
+        grams, stats[:n], stats[n] if project else None,
+    )  # fmt: skip
+    return saved.flat()
+
+
+def _needs(flat: Sequence[bool]) -> Needs:
+    return Needs(flat[0], flat[1], tuple(tuple(flat[i : i + 3]) for i in range(2, len(flat), 3)))  # type: ignore[misc]
+
+
+def train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry, project, flags, group, needs):
+    """Implementation of ``torch.ops.resnet_triton.train_block_backward``; what is not needed is an empty tensor."""
+    units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
+    wanted = _needs(needs)
+    kept = block.saved_of(saved, len(units), project, form.gram)
+    x = channels_last(x)
+    shortcut = None if shortcut is None else channels_last(shortcut)
+    grads = block.backward(channels_last(grad), x, shortcut, units, projection, kept, form, wanted)
+    every = [*units, *([projection] if projection is not None else [])]
+    through = grads.shortcut.clone() if grads.shortcut is grad else grads.shortcut  # an operator's result is its own
+    out = [_or_empty(grads.x, x), _or_empty(through, x)]
+    for u, (dw, dgamma, dbeta) in zip(every, grads.units, strict=True):
+        out += [_as_parameter(dw, u.weight, x), _as_parameter(dgamma, u.gamma, x), _as_parameter(dbeta, u.beta, x)]
+    return out
+
+
+def _or_empty(grad: Tensor | None, x: Tensor) -> Tensor:
+    return x.new_empty(0) if grad is None else channels_last(grad)
+
+
+def _as_parameter(grad: Tensor | None, parameter: Tensor | None, x: Tensor) -> Tensor:
+    """A gradient with its parameter's dtype and strides, as DDP's buckets expect; empty where there is none."""
+    if grad is None or parameter is None:
+        return x.new_empty(0)
+    if grad.dtype == parameter.dtype and grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_strided(grad.shape, parameter.stride(), dtype=parameter.dtype, device=grad.device).copy_(grad)
+
+
+def _fake_train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry, project, flags, group, needs):
+    units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
+    wanted = _needs(needs)
+    out = [new_channels_last(x, *x.shape) if wanted.x else x.new_empty(0)]
+    given = wanted.shortcut and shortcut is not None and not form.own_shortcut
+    out.append(new_channels_last(shortcut, *shortcut.shape) if given else x.new_empty(0))
+    every = [*units, *([projection] if projection is not None else [])]
+    for u, flags_of_unit in zip(every, wanted.units, strict=True):
+        out += [_like(t if need else None, x) for t, need in zip(u[:3], flags_of_unit, strict=True)]
+    return out
+
+
+def _like(parameter: Tensor | None, x: Tensor) -> Tensor:
+    """Uninitialised, as a parameter's gradient; empty where there is none."""
+    if parameter is None:
+        return x.new_empty(0)
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=x.device)
+
+
+def train_stem(x, weight, gamma, beta, mean, var, eps, group):
+    """Implementation of ``torch.ops.resnet_triton.train_stem``: ``[y, c, stats]``."""
+    u = Unit(weight, gamma, beta, mean, var, eps, stem.GEOMETRY)
+    _check(x, None, [u], None, Form(group=group))
+    return stem.forward(x, u, group)
+
+
+def _fake_train_stem(x, weight, gamma, beta, mean, var, eps, group):
+    u = Unit(weight, gamma, beta, mean, var, eps, stem.GEOMETRY)
+    ((n, k, p, q),) = _check(x, None, [u], None, Form(group=group))
+    pooled = new_channels_last(x, n, k, (p - 1) // 2 + 1, (q - 1) // 2 + 1)
+    stats = x.new_empty((6 if group and mean is None else 5, k), dtype=wide(x.dtype))
+    return [pooled, new_channels_last(x, n, k, p, q), stats]
+
+
+def train_stem_backward(grad, x, weight, gamma, beta, mean, var, saved, eps, group, needs):
+    """Implementation of ``torch.ops.resnet_triton.train_stem_backward``: gradients of x, weight, gamma, beta."""
+    u = Unit(weight, gamma, beta, mean, var, eps, stem.GEOMETRY)
+    _, raw, stats = saved
+    dx, dw, dgamma, dbeta = stem.backward(channels_last(grad), x, u, raw, stats, group, needs)
+    vectors = (_as_parameter(dgamma, gamma, x), _as_parameter(dbeta, beta, x))
+    return [_or_empty(dx, x), _as_parameter(dw, weight, x), *vectors]
+
+
+def _fake_train_stem_backward(grad, x, weight, gamma, beta, mean, var, saved, eps, group, needs):
+    out = [new_channels_last(x, *x.shape) if needs[0] else x.new_empty(0)]
+    return out + [_like(t if need else None, x) for t, need in zip((weight, gamma, beta), needs[1:], strict=True)]
+
+
+_IMPLEMENTATIONS: dict[str, Callable] = {
+    "train_block": train_block,
+    "train_block_backward": train_block_backward,
+    "train_stem": train_stem,
+    "train_stem_backward": train_stem_backward,
+}
+_FAKES: dict[str, Callable] = {
+    "train_block": _fake_train_block,
+    "train_block_backward": _fake_train_block_backward,
+    "train_stem": _fake_train_stem,
+    "train_stem_backward": _fake_train_stem_backward,
+}
+IMPLEMENTATIONS.update(_IMPLEMENTATIONS)
+FAKES.update(_FAKES)
+for _name, _implementation in _IMPLEMENTATIONS.items():
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_triton::{_name}", _FAKES[_name], lib=library)

@@ -1,0 +1,323 @@
+"""Decides how each step of training runs, by predicted time; the steps ask while running, ``explain`` without.
+
+A training kernel is priced by three of the five limits of :mod:`resnet_triton.cost`: bytes through device memory, bytes
+from L2 and products. The library is priced as its convolution at a share of the matrix rate, and a pass of its own for
+everything that a kernel of this package would do on the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import cost
+from ..devices import Target
+from ..kernels.config import ConvConfig
+from ..kernels.geometry import ConvShape, cdiv
+from ..plan import CLEAR_WIN, Choice, library_of, refusal
+
+#: Steps without products: they only move bytes.
+PASSES = ("moments", "bn_apply", "masked_sums", "bn_backward", "bn_relu_pool", "bn_relu_pool_backward")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step has to do.
+
+    Args:
+        step: the kernel's name, or ``"aten"`` for a pass that PyTorch runs.
+        shape: of the forward convolution, or None for a pass.
+        prologue: the convolution's input is normalised as it is loaded.
+        backward: the incoming gradient is BN's, formed as it is loaded.
+        moments: statistics of the result are taken.
+        added: channels of a projected shortcut, or 1 for a residual.
+        added_stride: its stride.
+        moved: bytes of a pass.
+    """
+
+    step: str
+    shape: ConvShape | None = None
+    prologue: bool = False
+    backward: bool = False
+    moments: bool = False
+    added: int = 0
+    added_stride: int = 1
+    moved: int = 0
+
+
+def kernels_run(target: Target, backend: str) -> bool:
+    """Whether the small kernels between the steps run on a target."""
+    return backend != "cudnn" and refusal(target, torch.float32) is None and (target.is_cuda or backend == "triton")
+
+
+def refusal_of_products(work: Work, dtype: torch.dtype, target: Target) -> str | None:
+    """Why no training kernel with products can do this work there, or None."""
+    if reason := refusal(target, dtype):
+        return reason
+    if not target.tma:
+        return f"{target.name} has no tensor memory accelerator, which the training kernels need"
+    assert work.shape is not None
+    if not work.step.startswith("stem") and (work.shape.c * dtype.itemsize % 16 or work.shape.k * dtype.itemsize % 16):
+        return f"{work.shape} has rows that are no multiple of 16 bytes"
+    if not configs_of(work, dtype):
+        return f"no tile of {work.step} computes {work.shape}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backend: str) -> Choice:
+    """Chooses how a step runs.
+
+    Raises:
+        RuntimeError: ``use_backend("triton")`` is in force and kernels cannot run there at all.
+    """
+    library = library_of(target)
+    passing = work.step in PASSES or work.step == "aten"
+    reason = refusal(target, dtype) if passing else refusal_of_products(work, dtype, target)
+    if backend == "triton" and (why := refusal(target, dtype)):
+        raise RuntimeError(f"use_backend('triton') cannot run {work.step}: {why}. Use use_backend('auto').")
+    theirs = library_prediction(work, dtype, precision, target) if target.is_cuda and not _unrated(dtype) else None
+    their_us, their_limit = (theirs.us, theirs.limit) if theirs else (None, "")
+    if work.step == "aten":
+        return Choice("aten", None, "one pass of PyTorch's", their_us, limit=their_limit)
+    library = "aten" if passing else library
+    if backend == "cudnn":
+        return Choice(library, None, "use_backend('cudnn')", their_us, limit=their_limit)
+    if reason or (not target.is_cuda and backend != "triton"):
+        reason = reason or "the interpreter runs only under use_backend('triton')"
+        return Choice(library, None, reason, their_us, limit=their_limit)
+    config = None
+    if not passing:
+        candidates = configs_of(work, dtype)
+        config = candidates[0]
+        if target.is_cuda:
+            config = min(candidates, key=lambda c: predict(work, c, dtype, precision, target).us)
+    if not target.is_cuda:
+        return Choice(work.step, config, "use_backend('triton') in the interpreter")
+    ours = predict(work, config, dtype, precision, target)
+    text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {their_us or 0.0:.1f} us by {library}"
+    if backend == "triton":
+        return Choice(work.step, config, f"use_backend('triton'); {text}", ours.us, limit=ours.limit)
+    if their_us is not None and ours.us > CLEAR_WIN * their_us:
+        return Choice(library, None, text, their_us, limit=their_limit)
+    return Choice(work.step, config, text, ours.us, limit=ours.limit)
+
+
+def _unrated(dtype: torch.dtype) -> bool:
+    return dtype not in (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=4096)
+def configs_of(work: Work, dtype: torch.dtype) -> tuple[ConvConfig, ...]:
+    """Tiles of a kernel with products for some work, the heuristic's first; empty where there is none."""
+    size, shape = dtype.itemsize, work.shape
+    assert shape is not None
+    found: Any
+    if work.step == "conv_stats":
+        from ..kernels.conv_stats import conv_stats_configs
+
+        found = conv_stats_configs(shape, size, work.prologue)
+    elif work.step == "dgrad":
+        from ..kernels.dgrad import dgrad_configs
+
+        found = dgrad_configs(shape, size, work.backward)
+    elif work.step == "wgrad":
+        from ..kernels.wgrad import wgrad_configs
+
+        found = wgrad_configs(shape, size)
+    elif work.step == "gram":
+        from ..kernels.wgrad import gram_configs
+
+        found = gram_configs(shape, size)
+    elif work.step == "expand":
+        from ..kernels.expand import expand_configs
+
+        found = expand_configs(shape, size, work.added, work.added_stride)
+    elif work.step == "gram_dgrad":
+        from ..kernels.gram_dgrad import gram_dgrad_configs
+
+        found = gram_dgrad_configs(shape, size)
+    elif work.step == "stem_conv_stats":
+        from ..kernels.stem_train import stem_stats_config
+
+        found = [stem_stats_config(shape, size)]
+    else:
+        from ..kernels.stem_train import stem_wgrad_config
+
+        found = [stem_wgrad_config(shape, size)]
+    return tuple(found)
+
+
+# Cost
+
+
+def predict(
+    work: Work, config: ConvConfig | None, dtype: torch.dtype, precision: str, target: Target
+) -> cost.Prediction:
+    """Prices a kernel of this package."""
+    if work.shape is None or config is None:
+        return cost.Prediction(hbm=work.moved / target.hbm_tb_s / 1e6)
+    shape, size = work.shape, dtype.itemsize
+    rows, columns, depth = gemm(work)
+    tiles = cdiv(rows, config.bm if work.step not in ("wgrad", "gram", "stem_wgrad") else config.bn) * cdiv(
+        columns, config.bn if work.step not in ("wgrad", "gram", "stem_wgrad") else config.bk
+    )
+    macs = rows * columns * depth
+    if work.step == "expand" and work.added:
+        macs += shape.m * shape.k * work.added
+    per_tile = depth * (config.bm + config.bn) * size
+    if work.step in ("wgrad", "gram", "stem_wgrad"):  # filters x channels of some taps, over the pixels
+        per_tile = depth * (config.bn + config.bk) * size * (3 if shape.r > 1 else 1) // (3 if shape.r > 1 else 1)
+    if work.backward:
+        per_tile += depth * (config.bm if work.step == "dgrad" else config.bn) * size
+    waves = 1.0
+    if work.step not in ("wgrad", "gram", "stem_wgrad"):
+        waves = cdiv(tiles, target.multiprocessors) * target.multiprocessors / max(1, tiles)
+    return cost.Prediction(
+        hbm=moved_bytes(work, dtype) / target.hbm_tb_s / 1e6,
+        l2=tiles * per_tile / target.l2_tb_s / 1e6,
+        tensor=waves * 2 * macs / target.tflops(dtype, precision) / 1e6,
+        extra=cost.LAUNCH_US * (2 if work.step in ("wgrad", "gram", "stem_wgrad") else 1),
+    )
+
+
+def gemm(work: Work) -> tuple[int, int, int]:
+    """Rows, columns and depth of the matrix product that a step is."""
+    s = work.shape
+    assert s is not None
+    if work.step == "dgrad":
+        return s.n * s.h * s.w, s.c, cdiv(s.k * s.r * s.s, s.stride * s.stride)
+    if work.step == "gram_dgrad":
+        return s.m, s.c, s.k + s.c
+    if work.step in ("wgrad", "stem_wgrad"):
+        return s.k, s.reduction, s.m
+    if work.step == "gram":
+        return s.c, s.c, s.m
+    return s.m, s.k, s.reduction
+
+
+def moved_bytes(work: Work, dtype: torch.dtype) -> int:
+    """Bytes through device memory of a kernel of this package with products, weights included."""
+    s, size = work.shape, dtype.itemsize
+    assert s is not None
+    x, y, w = s.pixels_read * s.c * size, s.m * s.k * size, s.weights * size
+    if work.step == "conv_stats":
+        return x + y + w
+    if work.step == "stem_conv_stats":
+        return cost.stem_bytes(s, size)
+    if work.step == "dgrad":
+        out = s.n * s.h * s.w * s.c * size
+        return (
+            y * (1 + work.backward)
+            + out * (1 + (work.moments or work.added > 0))
+            + w
+            + (out // work.added_stride**2 if work.added else 0)
+        )
+    if work.step in ("wgrad", "stem_wgrad"):
+        return x + y * (1 + work.backward) + 4 * s.weights
+    if work.step == "gram":
+        return x
+    if work.step == "gram_dgrad":
+        return y + 2 * x + w
+    return expand_bytes(s, size, work.added) + w  # expand
+
+
+def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: Target) -> cost.Prediction:
+    """Prices PyTorch's operators for the same work: a convolution, and a pass for everything else."""
+    size, s = dtype.itemsize, work.shape
+    if s is None:  # a pass: PyTorch reads and writes about once more
+        return cost.Prediction(hbm=(work.moved * (1 if work.step == "aten" else 1.5)) / target.hbm_tb_s / 1e6)
+    x, y = s.n * s.h * s.w * s.c * size, s.m * s.k * size
+    passes, launches = 0, 0
+    if work.prologue and work.step in ("conv_stats", "wgrad"):
+        passes, launches = passes + 2 * x, launches + 1
+    if work.step == "dgrad":
+        passes, launches = passes + (3 * x if work.moments else 0), launches + work.moments
+        passes, launches = passes + (3 * x if work.added else 0), launches + (work.added > 0)
+    if work.backward:
+        passes, launches = passes + 3 * y, launches + 1
+    if work.moments and work.step.endswith("conv_stats"):
+        passes, launches = passes + y, launches + 1
+    behind = passes / target.hbm_tb_s / 1e6 + launches * cost.LAUNCH_US
+    if work.step in ("expand", "gram", "gram_dgrad"):  # there is no library for the Gram form
+        behind += (x + y) / target.hbm_tb_s / 1e6
+    return cost.Prediction(
+        hbm=(s.bytes_moved(size)) / target.hbm_tb_s / 1e6 + behind,
+        tensor=2 * s.macs / target.tflops(dtype, precision) / cost.LIBRARY_EFFICIENCY / 1e6 + behind,
+    )
+
+
+# Bytes of activations through device memory, as ``explain`` counts them
+
+
+def conv_bytes(shape: ConvShape, itemsize: int, choice: Choice, lazy: bool, moments: bool) -> int:
+    """Of a forward convolution."""
+    return itemsize * (shape.pixels_read * shape.c + shape.m * shape.k)
+
+
+def expand_bytes(shape: ConvShape, itemsize: int, added: int) -> int:
+    """Of ``expand``; ``added`` channels of a projected shortcut, or 0."""
+    return itemsize * shape.m * (shape.c + shape.k + (added or shape.k))
+
+
+def wgrad_bytes(shape: ConvShape, itemsize: int, choice: Choice, backward: bool) -> int:
+    """Of a weight's gradient."""
+    return itemsize * (shape.pixels_read * shape.c + shape.m * shape.k * (1 + backward))
+
+
+def gram_dgrad_bytes(shape: ConvShape, itemsize: int) -> int:
+    """Of the Gram form's dgrad."""
+    return itemsize * shape.m * (shape.k + 2 * shape.c)
+
+
+def dgrad_bytes(shape: ConvShape, itemsize: int, backward: bool, residual: Tensor | None, masked: bool) -> int:
+    """Of an input's gradient."""
+    out = shape.n * shape.h * shape.w * shape.c
+    added = 0 if residual is None else residual.numel()
+    return itemsize * (shape.m * shape.k * (1 + backward) + out * (1 + masked) + added)
+
+
+# Sizes of partial sums
+
+
+def parts_of(kernel: str, shape: ConvShape, choice: Choice) -> int:
+    """Parts that a kernel with products leaves of its statistics; 1 where the library runs."""
+    if not choice.fused:
+        return 1
+    config = choice.tiling
+    if kernel == "conv_stats":
+        from ..kernels.conv_stats import conv_stats_parts
+
+        return conv_stats_parts(shape, config)
+    if kernel == "dgrad":
+        from ..kernels.dgrad import dgrad_parts
+
+        return dgrad_parts(shape, config)
+    if kernel == "gram_dgrad":
+        from ..kernels.gram_dgrad import gram_dgrad_parts
+
+        return gram_dgrad_parts(shape, config)
+    from ..kernels.stem_train import stem_stats_parts
+
+    return stem_stats_parts(shape, config)
+
+
+def rows_of_parts(kernel: str, m: int, k: int, choice: Choice, sizes: Any = None) -> int:
+    """Parts that a pass over ``m`` pixels of ``k`` channels leaves."""
+    if not choice.fused:
+        return 1
+    if kernel == "moments":
+        from ..kernels.moments import moments_parts
+
+        return moments_parts(m, k)
+    if kernel == "masked_sums":
+        from ..kernels.train_passes import masked_sums_parts
+
+        return masked_sums_parts(m, k)
+    from ..kernels.stem_train import bn_relu_pool_backward_parts
+
+    return bn_relu_pool_backward_parts(sizes)
