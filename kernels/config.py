@@ -29,6 +29,8 @@ ROLLING_KERNELS = ("conv_rolling", "chain_rolling", "stem_pool")
 #: Kernels that can share a tile's reduction among programs, and those that can be launched dependently.
 SPLIT_KERNELS = ("conv_tma", "conv1x1")
 PDL_KERNELS = (*SPLIT_KERNELS, "conv_pointer")
+#: Kernels whose programs may walk over several tiles.
+PERSISTENT_KERNELS = ("conv1x1", "conv_stats")
 MOST_SPLITS = 16
 #: Programs that can share the pixels of one block of a weight gradient.
 MOST_WGRAD_SPLITS = 1024
@@ -68,7 +70,8 @@ class ConvConfig:
         bn: output channels of a tile; of a chain, the expanded channels that are in work at a time.
         bk: channels of one step of the reduction.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
-        persistent: programs per multiprocessor that walk over the tiles (``conv1x1`` only); 0 is one program a tile.
+        persistent: programs per multiprocessor that walk over the tiles (:data:`PERSISTENT_KERNELS`); 0 is one program
+            a tile.
         split: programs that share the reduction of a tile; a second kernel adds their sums (:data:`SPLIT_KERNELS` and
             ``wgrad``).
         pdl: launched before the kernel in front has finished, from sm_90 on (:data:`PDL_KERNELS`).
@@ -100,8 +103,10 @@ class ConvConfig:
             raise ValueError(f"stages must be a positive int, got {self.stages!r}")
         if not isinstance(self.persistent, int) or self.persistent < 0:
             raise ValueError(f"persistent must be programs per multiprocessor or 0, got {self.persistent!r}")
-        if self.persistent and self.kernel != "conv1x1":
-            raise ValueError(f"persistent={self.persistent} is for conv1x1, got kernel={self.kernel!r}")
+        if self.persistent and self.kernel not in PERSISTENT_KERNELS:
+            raise ValueError(
+                f"persistent={self.persistent} is for {' and '.join(PERSISTENT_KERNELS)}, got kernel={self.kernel!r}"
+            )
         most = MOST_WGRAD_SPLITS if self.kernel == "wgrad" else MOST_SPLITS
         if type(self.split) is not int or not 1 <= self.split <= most:
             raise ValueError(f"split must be an int from 1 to {most}, got {self.split!r}")

@@ -1,0 +1,245 @@
+"""Forward convolution of a training step: raw output, and the statistics that its batch normalisation needs.
+
+    y[n,p,q,k]   = sum over r,s,c of h[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k,r,s,c]
+    parts[i,:,k] = count, mean and M2 of the i-th program's pixels of y, rounded as they are stored
+    h            = x, or relu(x * scale + shift), which is zero in the padding and never stored
+
+M2 is the sum of squared deviations from the mean. A program walks over several tiles; deviations are taken from the mean
+of its first one, see ``moments.py``, so that a mean far from zero costs no digits. Which program has which tiles depends
+on their number alone: results repeat bitwise.
+
+A tile is a box of pixels as in ``conv_fwd.py``, and the product is filters times pixels as there: the pixels of a
+channel, over which statistics run, then lie in one row of the accumulator, four threads wide.
+
+A box that is normalised goes through registers back to shared memory. The loop over channels is the outer one, so that
+scale and shift stay in registers while the taps go by. The zeros that a box brings from outside the image would become
+``relu(shift)``: boxes that reach there are bounded by their coordinates. bf16 comes as 32-bit words of two channels,
+whose halves are fp32 after a shift and a mask; taken apart value by value they cost three instructions more a pair.
+
+Machine code for sm_90, bf16, with prologue, one step of the 3x3's loop away from the border (none spills): 128 filters
+by 256 pixels in 8 warps 312 instructions, pressure 0.61; 256 by 128 0.46; 128 by 128 in 4 warps, of which two fit a
+multiprocessor, 0.60; 64 by 256 1.2, where a tap has too few products for its normalisation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import FEW_TILES, ConvConfig, least_waste_box, next_power_of_two
+from .epilogue import relu
+from .geometry import INT32_MAX, ConvShape, cdiv
+from .launch import count, multiprocessors
+from .moments import from_pivot, quotient
+from .prologue import Normalised, affine
+from .tiles import box_origin
+
+
+@triton.jit
+def tap_box(x, n0, p0, q0, dh, dw, c0, C: tl.constexpr, STRIDE: tl.constexpr):
+    """The input pixels of one tap of a box of output pixels; ``dh, dw``: its shift."""
+    if STRIDE == 1:
+        return x.load([n0, p0 + dh, q0 + dw, c0])
+    else:  # input row 2*p + dh is row p + dh//2 of half dh%2
+        return x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0])
+
+
+@triton.jit
+def scale_shift(scale, shift, c, C: tl.constexpr):
+    """Both vectors at the channels ``c``; 0 beyond the last, where h has to be 0."""
+    return tl.load(scale + c, mask=c < C, other=0.0)[None, :], tl.load(shift + c, mask=c < C, other=0.0)[None, :]
+
+
+@triton.jit
+def conv_stats(
+    x, w, y, parts, scale, shift, N, H, W, P, Q, K, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, PRECISION: tl.constexpr,
+    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WHOLE: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Every ``num_programs / column blocks``-th box of pixels times BN channels. ``x, w, y``: tensor descriptors.
+
+    No ``parts``: no statistics; no ``scale``: no prologue. ``WHOLE``: no box reaches beyond the output. ``WORDS``: x
+    holds words of two channels.
+    """
+    BM: tl.constexpr = TN * TH * TW
+    CHUNKS: tl.constexpr = (C + BK - 1) // BK
+    # loads of the next tile are in flight while this one's statistics are taken
+    FLATTEN: tl.constexpr = scale is None and R * S == 1
+    column_blocks = tl.cdiv(K, BN)
+    part = tl.program_id(0) // column_blocks
+    k0 = tl.program_id(0) % column_blocks * BN
+    tiles = tl.cdiv(N, TN) * tl.cdiv(P, TH) * tl.cdiv(Q, TW)
+    number = 0.0
+    pivot = tl.zeros((BN,), tl.float32)
+    total = tl.zeros((BN,), tl.float32)
+    squares = tl.zeros((BN,), tl.float32)
+    for tile in tl.range(part, tiles, tl.num_programs(0) // column_blocks, flatten=FLATTEN):
+        n0, p0, q0 = box_origin(tile, P, Q, TN, TH, TW)
+        i = tl.arange(0, BM)
+        p = p0 + i // TW % TH
+        q = q0 + i % TW
+        acc = tl.zeros((BN, BM), tl.float32)
+        if scale is None:
+            for step in range(R * S * CHUNKS):
+                tap = step // CHUNKS
+                c0 = step % CHUNKS * BK
+                a = tap_box(x, n0, p0, q0, tap // S * DIL - PAD, tap % S * DIL - PAD, c0, C, STRIDE)
+                acc = tl.dot(w.load([k0, tap * C + c0]), a.reshape(BM, BK).T, acc, input_precision=PRECISION)
+        else:
+            for c0 in range(0, C, BK):
+                if WORDS:
+                    c = c0 + 2 * tl.arange(0, BK // 2)
+                    scale0, shift0 = scale_shift(scale, shift, c, C)
+                    scale1, shift1 = scale_shift(scale, shift, c + 1, C)
+                else:
+                    scale0, shift0 = scale_shift(scale, shift, c0 + tl.arange(0, BK), C)
+                for tap in range(R * S):
+                    dh = tap // S * DIL - PAD
+                    dw = tap % S * DIL - PAD
+                    if WORDS:
+                        words = tap_box(x, n0, p0, q0, dh, dw, c0 // 2, C // 2, STRIDE).reshape(BM, BK // 2)
+                        h0 = affine((words << 16).to(tl.float32, bitcast=True), scale0, shift0)
+                        h1 = affine((words & -65536).to(tl.float32, bitcast=True), scale1, shift1)
+                        h = tl.join(h0, h1).reshape(BM, BK)
+                    else:
+                        a = tap_box(x, n0, p0, q0, dh, dw, c0, C, STRIDE).reshape(BM, BK)
+                        h = affine(a, scale0, shift0)
+                    if PAD > 0:
+                        top = p0 * STRIDE + dh
+                        left = q0 * STRIDE + dw
+                        if (top < 0) | (top + (TH - 1) * STRIDE >= H) | (left < 0) | (left + (TW - 1) * STRIDE >= W):
+                            row = p * STRIDE + dh
+                            column = q * STRIDE + dw
+                            inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+                            # one instruction a value; a choice would be made after rounding, in three
+                            bound = tl.where(inside, float("inf"), 0.0)
+                            h = tl.minimum(h, bound[:, None], propagate_nan=tl.PropagateNan.ALL)
+                    h = relu(h).to(y.dtype)
+                    acc = tl.dot(w.load([k0, tap * C + c0]), h.T, acc, input_precision=PRECISION)
+        out = acc.to(y.dtype)
+        y.store([n0, p0, q0, k0], out.T.reshape(TN, TH, TW, BN))
+        if parts is not None:
+            values = out.to(tl.float32)
+            tile_number = tl.cast(BM, tl.float32)
+            if not WHOLE:
+                stored = ((n0 + i // (TH * TW) < N) & (p < P) & (q < Q))[None, :]
+                tile_number = tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)
+                tile_number = tile_number.to(tl.float32)
+            if number == 0:
+                pivot = quotient(tl.sum(values if WHOLE else tl.where(stored, values, 0.0), 1), tile_number)
+            deviation = values - pivot[:, None]
+            if not WHOLE:
+                deviation = tl.where(stored, deviation, 0.0)
+            number += tile_number
+            total += tl.sum(deviation, 1)
+            squares += tl.sum(deviation * deviation, 1)
+    if parts is not None:
+        mean, m2 = from_pivot(number, pivot, total, squares)
+        k = k0 + tl.arange(0, BN)
+        offset = part * 3 * K + k
+        tl.store(parts + offset, tl.zeros((BN,), tl.float32) + number, mask=k < K)
+        tl.store(parts + offset + K, mean, mask=k < K)
+        tl.store(parts + offset + 2 * K, m2, mask=k < K)
+
+
+def refusal(shape: ConvShape, itemsize: int, config: ConvConfig) -> str | None:
+    """Why :func:`conv_stats` cannot compute a convolution with a configuration, in words; or None."""
+    if shape.c * itemsize % 16 or shape.k * itemsize % 16:
+        return f"C and K must be multiples of {16 // itemsize}, so that a pixel is a multiple of 16 bytes, got {shape}"
+    if max(config.box) > 256 or max(config.bn, config.bk) > 256:
+        return f"no side of a tile may exceed 256, got config={config}"
+    if shape.stride == 1 or (shape.r == shape.s == 1 and shape.padding == 0):
+        return None
+    if shape.stride != 2 or shape.h % 2 or shape.w % 2:
+        return f"a tensor map describes stride 1, or stride 2 on even H and W, got {shape}"
+    if shape.c % config.bk:
+        return f"bk must divide C where the stride is 2, got bk={config.bk} for {shape}"
+    return None
+
+
+def conv_stats_configs(shape: ConvShape, itemsize: int, prologue: bool) -> list[ConvConfig]:
+    """Configurations that compute the convolution and do not spill on sm_90; the first is the heuristic.
+
+    Empty where a tensor map cannot describe it: the library has to compute it then.
+    """
+    configs = []
+    return configs
+
+
+def conv_stats_parts(shape: ConvShape, config: ConvConfig, multiprocessors: int = 132) -> int:
+    """How many programs share the pixels: as many as fill the GPU, each with as many tiles as the others, or one less.
+
+    Args:
+        shape, config: of the launch; ``config.persistent`` programs (at least one) run on a multiprocessor.
+        multiprocessors: of the GPU; the default is an H200's. More would wait for each other, fewer leave some idle.
+    """
+    tn, th, tw = config.box
+    if shape.pointwise:
+        tiles = cdiv(shape.m, config.bm)
+    else:
+        tiles = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
+    programs = max(1, max(1, config.persistent) * multiprocessors // cdiv(shape.k, config.bn))
+    return cdiv(tiles, cdiv(tiles, programs))
+
+
+def launch_conv_stats(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    y: torch.Tensor,
+    parts: torch.Tensor | None,
+    shape: ConvShape,
+    prologue: Normalised | None,
+    config: ConvConfig,
+    precision: str,
+) -> None:
+    """Launches :func:`conv_stats`.
+
+    Args:
+        x: ``[N,H,W,C]``, dense.
+        w: ``[K,R,S,C]``, dense, of x's dtype. Where ``config.bk`` does not divide C, a chunk reaches into the next
+            tap's weights and meets zeros of h there.
+        y: ``[N,P,Q,K]``, dense, of x's dtype; raw output.
+        parts: dense fp32 ``[conv_stats_parts(shape, config), 3, K]`` for count, mean and M2, or None for no statistics.
+            Any other number of parts works too; those without a tile get count 0.
+        prologue: the BN and ReLU between the convolution before and this one, or None.
+        precision: of fp32 products, ``"tf32"`` or ``"ieee"``.
+
+    Raises:
+        ValueError: the configuration cannot compute this convolution; the message says why.
+    """
+    if reason := refusal(shape, x.element_size(), config):
+        raise ValueError(f"{reason}; take a configuration of conv_stats_configs, or the library where it has none")
+    n, h, width, p, q, c = shape.n, shape.h, shape.w, shape.p, shape.q, shape.c
+    box, bk = list(config.box), config.bk
+    if shape.pointwise:
+        n, h, width, p, q, box = 1, 1, shape.m, 1, shape.m, [1, 1, config.bm]
+        x, y = x.view(1, 1, -1, c), y.view(1, 1, -1, shape.k)
+    tn, th, tw = box
+    words = prologue is not None and x.dtype == torch.bfloat16
+    if words:
+        x, c, bk = x.view(torch.int32), c // 2, bk // 2
+    image, row, pixel, _ = x.stride()
+    stride = shape.stride
+    if stride == 1:
+        x_box = TensorDescriptor.from_tensor(x, [*box, bk])
+    elif shape.r == shape.s == 1 and shape.padding == 0:  # the pixels it reads are an image, read with stride 1
+        x_box = TensorDescriptor(x, [n, p, q, c], [image, stride * row, stride * pixel, 1], [*box, bk])
+        stride, h, width = 1, p, q
+    else:
+        halves = [n, h // 2, 2, width // 2, 2 * c]
+        x_box = TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
+    number = conv_stats_parts(shape, config, multiprocessors(x.device)) if parts is None else parts.shape[0]
+    count("conv_stats")
+    conv_stats[(number * cdiv(shape.k, config.bn),)](
+        x_box, TensorDescriptor.from_tensor(w.flatten(1), [config.bn, config.bk]),
+        TensorDescriptor.from_tensor(y, [*box, config.bn]), parts,
+        None if prologue is None else prologue.scale, None if prologue is None else prologue.shift,
+        n, h, width, p, q, shape.k, C=shape.c, R=shape.r, S=shape.s,
+        STRIDE=stride, PAD=shape.padding, DIL=shape.dilation, PRECISION=precision,
+        TN=tn, TH=th, TW=tw, BN=config.bn, BK=config.bk,
+        WHOLE=n % tn == p % th == q % tw == 0, WORDS=words,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
