@@ -1,7 +1,7 @@
 """The end of a bottleneck in training: BN and ReLU of the 3x3's output, 1x1 convolution, BN, shortcut and ReLU at once.
 
     a = relu(c2 * scale + shift)                                 rounded to the tensors' dtype, never stored
-    y = relu((a w3^T) * scale3 + shift3 + shortcut)              shortcut = x, or the projection (x wd^T) * scaled + shiftd
+    y = relu((a w3^T) * scale3 + shift3 + shortcut)              shortcut = x, or (x wd^T) * scaled + shiftd
 
 The statistics of BN3 are those of a linear map, known from the second moments of ``a`` before this kernel runs
 (``gram_bn.py``), so its raw output need not exist. A projection has an accumulator of its own: nothing is divided by a
@@ -77,21 +77,54 @@ def normalised_pixels(
 
 
 @triton.jit
+def halves(acc):
+    """Left and right half of the columns; they lie in different registers already."""
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def finish(
+    acc, projected, k0, scale3, shift3, shortcut, scaled, shiftd, y, n0, p0, q0, K,
+    PROJECT: tl.constexpr, FLAT: tl.constexpr, TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
+):  # fmt: skip
+    """BN, shortcut and ReLU of the columns from ``k0`` on, which are stored."""
+    BN: tl.constexpr = acc.shape[1]
+    k = k0 + tl.arange(0, BN)
+    inside = k < K
+    shift = tl.load(shift3 + k, mask=inside, other=0.0)
+    if PROJECT:
+        shift += tl.load(shiftd + k, mask=inside, other=0.0)
+    out = tl.fma(acc, tl.load(scale3 + k, mask=inside, other=0.0)[None, :], shift[None, :])
+    if PROJECT:
+        out = tl.fma(projected, tl.load(scaled + k, mask=inside, other=0.0)[None, :], out)
+    else:
+        out += pixels(shortcut, n0, p0, q0, k0, TN * TH * TW, FLAT).to(tl.float32)
+    out = relu(out).to(y.dtype)
+    if FLAT:
+        y.store([q0, k0], out)
+    else:
+        y.store([n0, p0, q0, k0], out.reshape(TN, TH, TW, BN))
+
+
+@triton.jit
 def expand(
     c2, scale, shift, w3, scale3, shift3, shortcut, wd, scaled, shiftd, y, P, Q, K, COLUMNS, GROUPS,
     C: tl.constexpr, CX: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
+    HALVED: tl.constexpr,
 ):  # fmt: skip
     """A box of pixels times ``COLUMNS`` blocks of BN output channels. ``c2, w3, shortcut, wd, y`` are descriptors.
 
-    With ``wd``, ``shortcut`` is the projection's input; BX is the width of its chunks.
+    With ``wd``, ``shortcut`` is the projection's input; BX is the width of its chunks. With HALVED, a block is finished
+    in two halves, for which there are registers where for the whole there are not.
     """
     BM: tl.constexpr = TN * TH * TW
+    PROJECT: tl.constexpr = wd is not None
     n0, p0, q0 = box_origin(tl.program_id(0) // GROUPS, P, Q, TN, TH, TW)
     first = tl.program_id(0) % GROUPS * COLUMNS * BN
     if C <= BK:
         a = normalised_pixels(c2, scale, shift, n0, p0, q0, 0, C, BM, BK, FLAT)
-    if wd is not None and CX <= BX:
+    if PROJECT and CX <= BX:
         x = pixels(shortcut, n0, p0, q0, 0, BM, FLAT)
     for k0 in range(first, tl.minimum(first + COLUMNS * BN, K), BN):
         if C <= BK:
@@ -101,13 +134,8 @@ def expand(
             for c0 in range(0, C, BK):
                 chunk = normalised_pixels(c2, scale, shift, n0, p0, q0, c0, C, BM, BK, FLAT)
                 acc = tl.dot(chunk, w3.load([k0, c0]).T, acc, input_precision=PRECISION)
-        k = k0 + tl.arange(0, BN)
-        inside = k < K
-        bias = tl.load(shift3 + k, mask=inside, other=0.0)
-        if wd is not None:
-            bias += tl.load(shiftd + k, mask=inside, other=0.0)
-        out = tl.fma(acc, tl.load(scale3 + k, mask=inside, other=0.0)[None, :], bias[None, :])
-        if wd is not None:
+        projected = acc
+        if PROJECT:
             if CX <= BX:
                 projected = tl.dot(x, wd.load([k0, 0]).T, input_precision=PRECISION)
             else:
@@ -115,14 +143,22 @@ def expand(
                 for c0 in range(0, CX, BX):
                     chunk = pixels(shortcut, n0, p0, q0, c0, BM, FLAT)
                     projected = tl.dot(chunk, wd.load([k0, c0]).T, projected, input_precision=PRECISION)
-            out = tl.fma(projected, tl.load(scaled + k, mask=inside, other=0.0)[None, :], out)
+        if HALVED:
+            left, right = halves(acc)
+            projected_left, projected_right = halves(projected)
+            finish(
+                left, projected_left, k0, scale3, shift3, shortcut, scaled, shiftd, y, n0, p0, q0, K,
+                PROJECT, FLAT, TN, TH, TW,
+            )  # fmt: skip
+            finish(
+                right, projected_right, k0 + BN // 2, scale3, shift3, shortcut, scaled, shiftd, y, n0, p0, q0, K,
+                PROJECT, FLAT, TN, TH, TW,
+            )  # fmt: skip
         else:
-            out += pixels(shortcut, n0, p0, q0, k0, BM, FLAT).to(tl.float32)
-        out = relu(out).to(y.dtype)
-        if FLAT:
-            y.store([q0, k0], out)
-        else:
-            y.store([n0, p0, q0, k0], out.reshape(TN, TH, TW, BN))
+            finish(
+                acc, projected, k0, scale3, shift3, shortcut, scaled, shiftd, y, n0, p0, q0, K,
+                PROJECT, FLAT, TN, TH, TW,
+            )  # fmt: skip
 
 
 def launch_expand(
@@ -174,21 +210,24 @@ def launch_expand(
 
     cx = source.shape[-1] if project else 0
     bk, bx = chunk(c, config), chunk(cx, config) if project else 0
+    whole = c <= bk and cx <= bx
+    halved = not whole and bn >= 128
+    stored = bn // 2 if halved else bn
     rows = cdiv(n, tn) * cdiv(p, th) * cdiv(q, tw)
     blocks = cdiv(k, bn)
     columns = 1
-    if c <= bk and cx <= bx:  # split the columns only to occupy the device
+    if whole:  # split the columns only to occupy the device
         columns = cdiv(blocks, min(blocks, cdiv(2 * multiprocessors(c2.device), rows)))
     groups = cdiv(blocks, columns)
     filters = TensorDescriptor.from_tensor
     count("expand")
     expand[(rows * groups,)](
         describe(c2, bk), prologue.scale if prologue else None, prologue.shift if prologue else None,
-        filters(w3, [bn, bk]), third.scale, third.shift, describe(source, bx if project else bn),
+        filters(w3, [bn, bk]), third.scale, third.shift, describe(source, bx if project else stored),
         filters(project.wd, [bn, bx]) if project else None, project.scale if project else None,
-        project.shift if project else None, describe(y, bn), p, q, k, columns, groups,
+        project.shift if project else None, describe(y, stored), p, q, k, columns, groups,
         C=c, CX=cx, PRECISION=precision, FLAT=flat, TN=tn, TH=th, TW=tw, BN=bn, BK=bk, BX=bx,
-        num_warps=config.warps, num_stages=config.stages,
+        HALVED=halved, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""``expand`` in the interpreter: identity and projection, channels whole and in chunks, rows and columns overhanging."""
+"""``expand`` in the interpreter: identity and projection, channels whole and in chunks, overhanging tiles."""
 
 from __future__ import annotations
 
@@ -138,6 +138,11 @@ def test_exact_projection_of_stride_2(odd: int, box: tuple[int, int, int]) -> No
 def test_columns_are_shared_among_programs_only_where_rows_are_few() -> None:
     check_exact(inputs(4, 8, 8, 16, 80), replace(TILE, bn=16))
     check_exact(inputs(1, 2, 2, 16, 80), replace(TILE, bn=16))
+
+
+@pytest.mark.parametrize("cx", [0, 24], ids=["identity", "projection"])
+def test_exact_in_halves_of_a_block(cx: int) -> None:
+    check_exact(inputs(2, 3, 4, 48, 200, cx), replace(TILE, bn=128))
 
 
 def test_projection_is_right_where_a_scale_is_zero() -> None:

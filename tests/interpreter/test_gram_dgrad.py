@@ -213,7 +213,7 @@ def test_refused() -> None:
         run(replace(given, prologue=None), TILE)
     with pytest.raises(ValueError, match="stride must be 1, or 2 with parts=None, got stride=2"):
         run(replace(given, stride=2), TILE)
-    with pytest.raises(ValueError, match="stride must be 1, .* got stride=3"):
+    with pytest.raises(ValueError, match=r"stride must be 1, .* got stride=3"):
         run(replace(given, stride=3), TILE, None)
     with pytest.raises(ValueError, match="1x2x2 pixels of a at stride 2, got 16 rows"):
         run(replace(given, stride=2), TILE, None)
