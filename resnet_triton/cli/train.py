@@ -1,0 +1,421 @@
+"""``resnet-triton train``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..runs import build, config, curves, data, distributed, rng
+from ..runs.checkpoint import Checkpoints, name_of
+from ..runs.distributed import Processes
+from ..runs.interrupt import Stop
+from ..runs.loop import Trainer
+from .common import channels_of, device_of, in_one_line, positive
+
+HELP = "train a converted model, with checkpoints from which the same command goes on"
+EXAMPLE = "resnet-triton train --data digits --output runs/digits"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Data, output, model and recipe."""
+    parser.add_argument(
+        "--data", required=True, help=f"{data.ALLOWED} (a folder with train/CLASS/*.jpg and val/CLASS/*.jpg)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run; made where it is not there")
+    parser.add_argument(
+        "--model",
+        help="resnetN with N = 6n+2 (resnet20) for small images, a builder of this package (resnet50), "
+        "torchvision:NAME, timm:NAME, or package.module:function; its weights start random "
+        f"(default: {_defaults('model')})",
+    )
+    parser.add_argument("--size", type=positive, help="image height and width in pixels (default: 32, 28 or 224)")
+    parser.add_argument("--epochs", type=positive, help=f"default: {_defaults('epochs')}")
+    parser.add_argument(
+        "--batch-size", type=positive, help=f"images of a step, over all processes (default: {_defaults('batch_size')})"
+    )
+    parser.add_argument("--lr", type=number(0, 1e3), help="highest learning rate of SGD (default: 0.1)")
+    parser.add_argument("--schedule", choices=config.SCHEDULES, default="cosine", help="default: cosine")
+    parser.add_argument(
+        "--warmup", type=number(0, 1e4), metavar="EPOCHS", help="default: a twentieth of the epochs, at most 5"
+    )
+    parser.add_argument("--momentum", type=number(0, 1), default=0.9, help="default: 0.9")
+    parser.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
+    parser.add_argument("--weight-decay", type=number(0, 1), default=1e-4, help="default: 1e-4")
+    parser.add_argument("--label-smoothing", type=number(0, 1), default=0.0, help="default: 0")
+    parser.add_argument(
+        "--ema", type=number(0, 1), metavar="DECAY", help="also test, and save, a moving average of the weights (0.999)"
+    )
+    parser.add_argument(
+        "--amp", choices=config.AMP, default="off", help="dtype of autocast (default: off, which is fp32)"
+    )
+    parser.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format (default: on)"
+    )
+    parser.add_argument("--sync-bn", action="store_true", help="BN statistics over all processes (GPUs)")
+    parser.add_argument("--deterministic", action="store_true", help="same bits on a GPU too; slower there")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights, order and augmentation (default: 0)")
+    parser.add_argument(
+        "--workers", type=natural, help="processes that read images (default: 0, of an imagefolder 8 or the cores)"
+    )
+    parser.add_argument(
+        "--save-every",
+        type=positive,
+        metavar="STEPS",
+        help="checkpoints within an epoch too (default: after each epoch)",
+    )
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="--resume: only go on; --no-resume: delete the run in DIR and start over "
+        "(default: go on where there is one)",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+
+def _defaults(name: str) -> str:
+    return ", ".join(f"{kind} {getattr(found, name)}" for kind, found in data.DEFAULTS.items())
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A parser of numbers from ``low`` to ``high``, for argparse."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or goes on; prints the errors reached."""
+    kind = data.kind_of(args.data)
+    with Stop() as stop, Processes(_device(args)) as processes:
+        report = _Report(args, processes.writes)
+        folder = Path(args.output).expanduser()
+        with _only_run_in(folder, processes):
+            trainer = _trainer(args, kind, processes, report)
+            session = _Session(args, folder, trainer, report)
+            session.start()
+            finished = trainer.fit(lambda: processes.any(stop.requested), session.save, args.save_every, report)
+            report.close()
+            session.end(finished)
+            if not finished:
+                raise KeyboardInterrupt
+    return 0
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device of this process; of several on one machine, each has its own GPU."""
+    device = device_of(args.device)
+    if distributed.started() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise ValueError(
+                f"--device {args.device!r}: under torchrun each process takes its own GPU; pass --device cuda"
+            )
+        device = device_of(f"cuda:{distributed.local_rank()}")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: _Report) -> Trainer:
+    defaults = data.DEFAULTS[kind]
+    epochs = args.epochs or defaults.epochs
+    settings = config.Settings(
+        data=kind,
+        model=args.model or defaults.model,
+        size=args.size or defaults.size,
+        epochs=epochs,
+        batch_size=args.batch_size or defaults.batch_size,
+        lr=defaults.lr if args.lr is None else args.lr,
+        schedule=args.schedule,
+        warmup=min(5.0, epochs / 20) if args.warmup is None else args.warmup,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        label_smoothing=args.label_smoothing,
+        ema=args.ema,
+        amp=args.amp,
+        channels_last=args.channels_last,
+        sync_bn=args.sync_bn,
+        deterministic=args.deterministic,
+        seed=args.seed,
+        device=processes.device.type,
+        processes=processes.count,
+    )
+    if settings.nesterov and not settings.momentum:
+        raise ValueError("--nesterov needs a --momentum above 0")
+    # The data say how many classes the model needs, the model how many channels the images: a CIFAR ResNet takes any.
+    rng.seed_all(settings.seed)
+    classes = len(data.load_data(args.data, settings.size, defaults.channels, settings.seed).classes)
+    model = build.build(settings.model, classes, defaults.channels)
+    channels = channels_of(model)
+    images = data.load_data(args.data, settings.size, channels, settings.seed)
+    what = f"--model {settings.model} fails on images of {channels}x{settings.size}x{settings.size}"
+    shape = (channels, settings.size, settings.size)
+    in_one_line(what, build.check_outputs, model.eval(), settings.model, classes, shape)
+    if settings.sync_bn:
+        model = distributed.with_sync_bn(model, processes.device)
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    model.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
+    workers = min(defaults.workers, os.cpu_count() or 1) if args.workers is None else args.workers
+    rng.seed_all(settings.seed + processes.rank)  # what a model draws while it trains differs between processes
+    report.say(
+        f"{settings.model} on {args.data}: {len(images.train)} training and {len(images.test)} test images, "
+        f"{classes} classes, {settings.epochs} epochs on {processes.device}"
+        + (f" and {processes.count - 1} more processes" if processes.count > 1 else "")
+    )
+    return Trainer(settings, images, model, processes.device, processes, workers)
+
+
+class _Session:
+    """The folder of a run: where it begins, what is saved, and what is said at its end."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, trainer: Trainer, report: _Report) -> None:
+        self.args, self.folder, self.trainer, self.report = args, folder, trainer, report
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.configuration = config.configuration(trainer.settings, trainer.data.id, trainer.model)
+        self.resumed: str | None = None
+        self.board: curves.Board | None = None
+
+    @property
+    def id(self) -> str:
+        """The configuration id."""
+        return config.digest(self.configuration)
+
+    def start(self) -> None:
+        """Goes back to the last checkpoint, if any; the first process decides for all.
+
+        Raises:
+            ValueError: there is none and ``--resume``; it is damaged or of another configuration.
+        """
+        processes = self.trainer.processes
+        name, error = None, None
+        if processes.writes:
+            try:
+                name = self._chosen()
+            except (ValueError, OSError) as found:
+                error = found
+        name, failed = processes.from_first((name, error is not None))
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(2)  # the first process says why
+        if name is not None:
+            self.trainer.restore(self.checkpoints.load(name))
+            self.resumed = name
+        if processes.writes:
+            self.board = curves.Board(self.folder / "tensorboard", self.trainer.epoch)
+            if not self.board.present:
+                self.report.say("TensorBoard is not installed: the numbers of each epoch go to metrics.csv only")
+
+    def _chosen(self) -> str | None:
+        """The checkpoint to go on from, checked; the folder is made, or emptied of an earlier run."""
+        names = self.checkpoints.names()
+        if self.args.resume is False:
+            self.checkpoints.clear()
+            for file in ("metrics.csv", "curves.png"):
+                (self.folder / file).unlink(missing_ok=True)
+            return None
+        if not names:
+            if self.args.resume:
+                raise FileNotFoundError(
+                    f"--resume: there is no checkpoint in {str(self.checkpoints.folder)!r}; leave --resume out to start"
+                )
+            return None
+        facts = self.checkpoints.load(names[-1]).facts
+        if facts["id"] != self.id:
+            different = "; ".join(config.differences(facts["configuration"], self.configuration))
+            raise ValueError(
+                f"checkpoint {str(self.checkpoints.folder / names[-1])!r} has configuration id {facts['id']}, this "
+                f"command {self.id}: the checkpoint has {different}. Repeat the command of that run to go on with it, "
+                "choose another --output, or pass --no-resume to delete that run and start over"
+            )
+        if facts["versions"] != (now := _versions()):
+            older = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if now.get(k) != v)
+            self.report.say(f"the run was begun with {older}: losses may differ in their last bits from here on")
+        done = f"epoch {facts['epoch'] + 1}, step {facts['step']}"
+        self.report.say(f"going on from {names[-1]} ({done})")
+        return names[-1]
+
+    def save(self) -> None:
+        """Writes a checkpoint and the table; keeps the last and the best. All processes must call it."""
+        trainer = self.trainer
+        facts, tensors = trainer.state()
+        if not trainer.processes.writes:
+            return
+        name = name_of(trainer.epoch, trainer.step)
+        keep = []
+        if trainer.best is not None:
+            keep = [name_of(trainer.best["epoch"], 0)]
+        about = {"id": self.id, "configuration": self.configuration, "versions": _versions()}
+        self.checkpoints.save(name, {**about, **facts}, tensors, keep)
+        if trainer.step == 0:
+            curves.write_metrics(self.folder / "metrics.csv", trainer.history)
+            if self.board is not None and trainer.history:
+                self.board.add(trainer.history[-1])
+
+    def end(self, finished: bool) -> None:
+        """Saves what is not saved yet, draws the curves, and prints what was reached."""
+        trainer = self.trainer
+        if not finished:
+            self.save()
+        if not trainer.processes.writes:
+            return
+        assert self.board is not None
+        self.board.close()
+        if trainer.history:
+            curves.write_metrics(self.folder / "metrics.csv", trainer.history)
+        picture = self._drawn()
+        if not finished:
+            where = f"epoch {trainer.epoch + 1}, step {trainer.step} of {trainer.steps}"
+            self.report.say(f"stopped in {where}; the same command goes on from there", always=True)
+            return
+        self.report.result(self._facts(picture))
+
+    def _drawn(self) -> Path | None:
+        trainer, picture = self.trainer, self.folder / "curves.png"
+        if not trainer.history:
+            return None
+        try:
+            curves.draw_curves(picture, trainer.history, f"{trainer.settings.model} on {trainer.settings.data}")
+        except ImportError as error:
+            self.report.say(f"no curves.png: {error}")
+            return None
+        return picture
+
+    def _facts(self, picture: Path | None) -> dict[str, Any]:
+        trainer = self.trainer
+        last, best = trainer.history[-1], trainer.best
+        assert best is not None
+        stem = "model" if trainer.ema is None else "ema"
+        folder = self.checkpoints.folder
+        return {
+            "output": str(self.folder),
+            "id": self.id,
+            "resumed_from": self.resumed,
+            **{key: last[key] for key in ("train_loss", "train_error", "test_loss", "test_error", "ema_test_error")},
+            "test_images": len(trainer.data.test),
+            "epochs": len(trainer.history),
+            "seconds": round(sum(row["seconds"] for row in trainer.history), 3),
+            "last": str(folder / name_of(trainer.epoch, 0) / f"{stem}.safetensors"),
+            "best": {**best, "weights": str(folder / name_of(best["epoch"], 0) / f"{stem}.safetensors")},
+            "metrics": str(self.folder / "metrics.csv"),
+            "curves": None if picture is None else str(picture),
+        }
+
+
+def _versions() -> dict[str, str]:
+    return {"resnet-triton": __version__, "torch": torch.__version__, "machine": platform.machine()}
+
+
+@contextmanager
+def _only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
+    """Makes the folder, and holds its lock, which ends with the process however that ends.
+
+    Raises:
+        ValueError: another run holds it.
+        OSError: it cannot be written to.
+    """
+    if not processes.writes:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            pass
+        else:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"--output {str(folder)!r}: another run is writing there; wait for it, or choose another folder"
+                ) from None
+        yield
+
+
+class _Report:
+    """Progress on stderr: a bar on a terminal, a line an epoch; nothing with --json. The result on stdout."""
+
+    def __init__(self, args: argparse.Namespace, writes: bool) -> None:
+        from tqdm import tqdm
+
+        self.json, self.writes = args.json, writes
+        self.quiet = args.json or not writes
+        disable = True if self.quiet else None
+        self.bar = tqdm(desc="epoch 1", unit="step", file=sys.stderr, disable=disable, leave=False)
+
+    def say(self, text: str, always: bool = False) -> None:
+        """A line on stderr, from the first process."""
+        if self.writes and (always or not self.quiet):
+            self.bar.clear()
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, epoch: int, step: int, steps: int, loss: float | None) -> None:
+        """Moves the bar."""
+        if self.bar.disable:
+            return
+        self.bar.total = steps
+        if step < self.bar.n:
+            self.bar.reset(steps)
+        self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
+        if loss is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """A line for an epoch."""
+        averaged = "" if row["ema_test_error"] is None else f", averaged {row['ema_test_error']:.2%}"
+        self.say(
+            f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, error {row['train_error']:.2%}; test loss "
+            f"{row['test_loss']:.4f}, error {row['test_error']:.2%}{averaged}; {row['seconds']:.1f} s"
+        )
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.bar.close()
+
+    def result(self, facts: Mapping[str, Any]) -> None:
+        """What was reached."""
+        if self.json:
+            print(json.dumps(facts, indent=1))
+            return
+        best = facts["best"]
+        averaged = facts["ema_test_error"]
+        more = "" if averaged is None else f", of the averaged weights {averaged:.2%}"
+        print(
+            f"test error {facts['test_error']:.2%} of {facts['test_images']} images{more} after {facts['epochs']} "
+            f"epochs ({facts['seconds']:.0f} s); training error {facts['train_error']:.2%}"
+        )
+        print(f"weights: {facts['last']}")
+        print(
+            f"lowest test error: {best['test_error']:.2%} after epoch {best['epoch']}, chosen by the test images: "
+            f"{best['weights']}"
+        )
+        print(f"per epoch: {facts['metrics']}" + (f", {facts['curves']}" if facts["curves"] else ""))
