@@ -67,13 +67,13 @@ def wgrad(
     RT: tl.constexpr, ST: tl.constexpr, CENTRE: tl.constexpr, SHIFTED: tl.constexpr, FLAT: tl.constexpr,
     KIND: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, ROW_PADDING: tl.constexpr, COLUMN_PADDING: tl.constexpr,
 ):  # fmt: skip
     """One share of the pixels for BN output channels, BC input channels and RT x ST taps.
 
-    ``x, dy, other`` are tensor descriptors: of rank 2 where ``FLAT``, and of rank 5 for a strided x. With ``SHIFTED`` the
-    boxes tile the columns of x, else those of dy; ``ACROSS`` is their number. ``sums`` comes from the taps of filter
-    column ``CENTRE``, whose boxes of dy cover each pixel once.
+    ``x, dy, other`` are tensor descriptors: of rank 2 where ``FLAT``, and of rank 5 for a strided x. With ``SHIFTED``
+    the boxes tile the columns of x, else those of dy; ``ACROSS`` is their number. ``sums`` comes from the taps of
+    filter column ``CENTRE``, whose boxes of dy cover each pixel once.
     """
     BM: tl.constexpr = TN * TH * TW
     column_blocks = tl.cdiv(K, BN)
@@ -101,15 +101,17 @@ def wgrad(
         x_shift = tl.load(shift + c, mask=c < C, other=0.0)[None, :]
     accs = ()
     for _ in tl.static_range(RT * ST):
-        accs = accs + (tl.zeros((BC, BN), tl.float32),)
+        accs += (tl.zeros((BC, BN), tl.float32),)
     total = tl.zeros((ROWS, BN), tl.float32)
     first = (part.to(tl.int64) * BOXES // SPLIT).to(tl.int32)
     end = ((part + 1).to(tl.int64) * BOXES // SPLIT).to(tl.int32)
-    for box in range(first, end):
-        if FLAT:
-            n0, p0, q0 = 0, 0, box * BM
-        else:
-            n0, p0, q0 = box_origin(box, P, ACROSS, TN, TH, TW)
+    tl.assume(end > first)
+    if FLAT:
+        n0, p0, q0 = 0, 0, first * BM
+    else:
+        n0, p0, q0 = box_origin(first, P, ACROSS, TN, TH, TW)
+    for _ in range(first, end):
+        # All operands before the first product: a wait between two products would make each of them wait.
         ds = ()
         for s in tl.static_range(ST if SHIFTED else 1):
             d_q0 = q0
@@ -124,30 +126,46 @@ def wgrad(
             if sums is not None:
                 if s == (CENTRE if SHIFTED and ST == S else 0):
                     total += tl.sum(d.to(tl.float32).reshape(BM // ROWS, ROWS, BN), 0)
-            ds = ds + (d,)
+            ds += (d,)
+        hs = ()
+        for r in tl.static_range(RT):
+            for s in tl.static_range(1 if SHIFTED else ST):
+                if SAME:
+                    h = ds[0]
+                else:
+                    dh = (r0 + r) * DIL - PAD
+                    dw = 0 if SHIFTED else (s0 + s) * DIL - PAD
+                    if STRIDE == 1:
+                        h = load_box(x, n0, p0 + dh, q0 + dw, c0, BM, BC, FLAT)
+                    else:  # input row 2*p + dh is row p + dh//2 of half dh%2
+                        h = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0]).reshape(BM, BC)
+                    if scale is not None:
+                        bias = x_shift
+                        if ROW_PADDING or COLUMN_PADDING:
+                            # The TMA reads zeros in the padding, and BN and ReLU of zero without a shift are zero.
+                            h_row = p0 * STRIDE + dh
+                            padding = (h_row < 0) | (h_row >= H)
+                            if COLUMN_PADDING or TH > 1:
+                                h_row += row * STRIDE
+                                h_column = (q0 + column) * STRIDE + dw
+                                padding = (h_row < 0) | (h_row >= H) | (h_column < 0) | (h_column >= W)
+                                padding = padding[:, None]
+                            bias = tl.where(padding, 0.0, x_shift)
+                        h = bn_relu(h, x_scale, bias)
+                hs += (h.T,)
         new = ()
         for r in tl.static_range(RT):
             for s in tl.static_range(ST):
-                if s == 0 or not SHIFTED:
-                    if SAME:
-                        h = ds[0]
-                    else:
-                        dh = (r0 + r) * DIL - PAD
-                        dw = 0 if SHIFTED else (s0 + s) * DIL - PAD
-                        if STRIDE == 1:
-                            h = load_box(x, n0, p0 + dh, q0 + dw, c0, BM, BC, FLAT)
-                        else:
-                            h = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0]).reshape(BM, BC)
-                        if scale is not None:
-                            h = bn_relu(h, x_scale, x_shift)
-                            if R * S > 1 or PAD > 0:
-                                x_row = (p0 + row) * STRIDE + dh
-                                x_column = (q0 + column) * STRIDE + dw
-                                padding = (x_row < 0) | (x_row >= H) | (x_column < 0) | (x_column >= W)
-                                h = tl.where(padding[:, None], tl.zeros_like(h), h)
-                acc = tl.dot(h.T, ds[s if SHIFTED else 0], accs[r * ST + s], input_precision=PRECISION)
-                new = new + (acc,)
+                h = hs[r if SHIFTED else r * ST + s]
+                acc = tl.dot(h, ds[s if SHIFTED else 0], accs[r * ST + s], input_precision=PRECISION)
+                new += (acc,)
         accs = new
+        q0 += TW  # counted, because divisions would cost more instructions than the products
+        if not FLAT:
+            p0 = tl.where(q0 < ACROSS, p0, p0 + TH)
+            q0 = tl.where(q0 < ACROSS, q0, 0)
+            n0 = tl.where(p0 < P, n0, n0 + TN)
+            p0 = tl.where(p0 < P, p0, 0)
     stored = (c < C)[:, None] & (k < K)[None, :]
     out = parts + part.to(tl.int64) * PART + k[None, :] * (R * S * C) + c[:, None]
     for r in tl.static_range(RT):
@@ -269,8 +287,8 @@ def _launch(
         flat = shape.pointwise
     if shape.stride > 2 or (shape.stride == 2 and (shape.h % 2 or shape.w % 2)):
         raise ValueError(
-            f"shape {shape} has stride {shape.stride} on {shape.h}x{shape.w} pixels; tensor maps describe stride 1, and "
-            f"stride 2 for even sizes. Take the library's gradient."
+            f"shape {shape} has stride {shape.stride} on {shape.h}x{shape.w} pixels; allowed: stride 1, and 2 for even "
+            f"sizes, which a tensor map can describe. Take the library's gradient."
         )
     (tn, th, tw), bn, bk, split = config.box, config.bn, config.bk, config.split
     if flat:
@@ -301,6 +319,9 @@ def _launch(
         sum_out = None if sums is None else parts[0, dw.numel() :]
     scale, shift = (None, None) if x_prologue is None else (x_prologue.scale, x_prologue.shift)
     rows = min(config.bm, max(1, 512 * config.warps // x.element_size() // bn))
+    # a pixel of x outside the image counts where it meets one of dy inside
+    rows_outside = shape.padding > 0
+    columns_outside = shape.w % tw > 0 and not flat if shifted else shape.padding > 0
     count("wgrad")
     wgrad[(blocks * split,)](
         x_box, described(dy, bn), described(other, bn), *g, scale, shift, parts, sum_out,
@@ -308,6 +329,7 @@ def _launch(
         R=shape.r, S=shape.s, STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation,
         RT=rt, ST=st, CENTRE=centre or 0, SHIFTED=shifted, FLAT=flat, KIND=kind, SAME=same, PRECISION=precision,
         TN=tn, TH=th, TW=tw, BC=bk, BN=bn, SPLIT=split, ROWS=rows,
+        ROW_PADDING=rows_outside, COLUMN_PADDING=columns_outside,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if split > 1:
