@@ -76,20 +76,26 @@ def bn_relu_pool(
 
 
 @triton.jit
+def load_pixel(c, column, W, row_inside, in_c):
+    """One pixel of each group, and whether it lies in the image."""
+    inside = ((column >= 0) & (column < W) & row_inside)[:, None]
+    return tl.load(c, mask=inside & in_c, other=0.0), inside
+
+
+@triton.jit
 def place_key(c, scale, shift, inside, PLACE: tl.constexpr):
     """Orders the pixels of a window: rounded value first, then PLACE (0 to 63, the earlier the higher; NaN inverted).
 
-    Above 63 exactly where the value is above 0 or NaN. Negative outside the image.
+    Above 63 exactly where the value is above 0 or NaN; a pixel outside counts as 0.
     """
     h = affine(c, scale, shift).to(c.dtype).to(tl.float32)
-    number = h == h
-    bits = tl.where(number, h.to(tl.int32, bitcast=True), 0x7FF00000)  # above infinity's
-    place = tl.where(number, PLACE, 63 - PLACE)
+    number = (h == h) | ~inside
     if c.dtype == tl.float32:
-        key = bits.to(tl.int64) * 64 + place
+        bits = tl.where(inside, h.to(tl.int32, bitcast=True), 0).to(tl.int64) * 64
+        return tl.where(number, bits | PLACE, (0x7FF00000 * 64) + (63 - PLACE))
     else:
-        key = bits | place
-    return tl.where(inside, key, -64)
+        bits = h.to(tl.int32, bitcast=True) & tl.where(inside, -64, 0)
+        return tl.where(number, bits | PLACE, 0x7FF00000 + (63 - PLACE))  # above infinity's
 
 
 @triton.jit
@@ -131,7 +137,7 @@ def bn_relu_pool_backward(
     begin = share * STEPS
     end = tl.minimum(begin + STEPS, N * across * steps)
     zero = tl.zeros((GROUPS, BC), tl.float32)
-    none = tl.full((GROUPS, BC), -64, tl.int64 if c.dtype.element_ty == tl.float32 else tl.int32)
+    none = tl.full((GROUPS, BC), 0, tl.int64 if c.dtype.element_ty == tl.float32 else tl.int32)
     blank = tl.zeros((GROUPS, BC), c.dtype.element_ty)
     # the top row: maxima of the windows 2g, 2g+1, 2g+2, and of the pixels 4g..4g+3 key, c, and gradient so far
     top_a, top_b, top_d = none, none, none
@@ -157,29 +163,22 @@ def bn_relu_pool_backward(
         window = (window * C)[:, None] + k[None, :]
         m_in = 2 * i < H
         b_in = (2 * i + 1 < H) & (step >= 0)  # in front of the first image lies no row either
-        in0 = ((column > 0) & (column <= W))[:, None] & in_c
-        in1 = (column < W)[:, None] & in_c
-        in2 = (column + 1 < W)[:, None] & in_c
-        in3 = (column + 2 < W)[:, None] & in_c
-        in4 = (column + 3 < W)[:, None] & in_c
-        in5 = (column + 4 < W)[:, None] & in_c
-        in6 = (column + 5 < W)[:, None] & in_c
         source = c_image + pixel
-        e0 = tl.load(source - C, mask=in0 & m_in, other=0.0)
-        e1 = tl.load(source, mask=in1 & m_in, other=0.0)
-        e2 = tl.load(source + C, mask=in2 & m_in, other=0.0)
-        e3 = tl.load(source + 2 * C, mask=in3 & m_in, other=0.0)
-        e4 = tl.load(source + 3 * C, mask=in4 & m_in, other=0.0)
-        e5 = tl.load(source + 4 * C, mask=in5 & m_in, other=0.0)
-        e6 = tl.load(source + 5 * C, mask=in6 & m_in, other=0.0)
+        e0, e0_in = load_pixel(source - C, column - 1, W, m_in, in_c)
+        e1, e1_in = load_pixel(source, column, W, m_in, in_c)
+        e2, e2_in = load_pixel(source + C, column + 1, W, m_in, in_c)
+        e3, e3_in = load_pixel(source + 2 * C, column + 2, W, m_in, in_c)
+        e4, e4_in = load_pixel(source + 3 * C, column + 3, W, m_in, in_c)
+        e5, e5_in = load_pixel(source + 4 * C, column + 4, W, m_in, in_c)
+        e6, e6_in = load_pixel(source + 5 * C, column + 5, W, m_in, in_c)
         source += W * C
-        o0 = tl.load(source - C, mask=in0 & b_in, other=0.0)
-        o1 = tl.load(source, mask=in1 & b_in, other=0.0)
-        o2 = tl.load(source + C, mask=in2 & b_in, other=0.0)
-        o3 = tl.load(source + 2 * C, mask=in3 & b_in, other=0.0)
-        o4 = tl.load(source + 3 * C, mask=in4 & b_in, other=0.0)
-        o5 = tl.load(source + 4 * C, mask=in5 & b_in, other=0.0)
-        o6 = tl.load(source + 5 * C, mask=in6 & b_in, other=0.0)
+        o0, o0_in = load_pixel(source - C, column - 1, W, b_in, in_c)
+        o1, o1_in = load_pixel(source, column, W, b_in, in_c)
+        o2, o2_in = load_pixel(source + C, column + 1, W, b_in, in_c)
+        o3, o3_in = load_pixel(source + 2 * C, column + 2, W, b_in, in_c)
+        o4, o4_in = load_pixel(source + 3 * C, column + 3, W, b_in, in_c)
+        o5, o5_in = load_pixel(source + 4 * C, column + 4, W, b_in, in_c)
+        o6, o6_in = load_pixel(source + 5 * C, column + 5, W, b_in, in_c)
         exists = (i < P) & (2 * cell < Q)[:, None] & in_c
         ga = tl.load(dy_image + window, mask=exists, other=0.0).to(tl.float32)
         exists = (i < P) & (2 * cell + 1 < Q)[:, None] & in_c
@@ -187,20 +186,20 @@ def bn_relu_pool_backward(
         exists = (i < P) & (2 * cell + 2 < Q)[:, None] & in_c
         gd = tl.load(dy_image + window + 2 * C, mask=exists, other=0.0).to(tl.float32)
         # places: top 16, middle 8, bottom 0, and columns from 7 down
-        m0 = place_key(e0, factor, offset_k, in0 & m_in, 15)
-        m1 = place_key(e1, factor, offset_k, in1 & m_in, 14)
-        m2 = place_key(e2, factor, offset_k, in2 & m_in, 13)
-        m3 = place_key(e3, factor, offset_k, in3 & m_in, 12)
-        m4 = place_key(e4, factor, offset_k, in4 & m_in, 11)
-        m5 = place_key(e5, factor, offset_k, in5 & m_in, 10)
-        m6 = place_key(e6, factor, offset_k, in6 & m_in, 9)
-        b0 = place_key(o0, factor, offset_k, in0 & b_in, 7)
-        b1 = place_key(o1, factor, offset_k, in1 & b_in, 6)
-        b2 = place_key(o2, factor, offset_k, in2 & b_in, 5)
-        b3 = place_key(o3, factor, offset_k, in3 & b_in, 4)
-        b4 = place_key(o4, factor, offset_k, in4 & b_in, 3)
-        b5 = place_key(o5, factor, offset_k, in5 & b_in, 2)
-        b6 = place_key(o6, factor, offset_k, in6 & b_in, 1)
+        m0 = place_key(e0, factor, offset_k, e0_in, 15)
+        m1 = place_key(e1, factor, offset_k, e1_in, 14)
+        m2 = place_key(e2, factor, offset_k, e2_in, 13)
+        m3 = place_key(e3, factor, offset_k, e3_in, 12)
+        m4 = place_key(e4, factor, offset_k, e4_in, 11)
+        m5 = place_key(e5, factor, offset_k, e5_in, 10)
+        m6 = place_key(e6, factor, offset_k, e6_in, 9)
+        b0 = place_key(o0, factor, offset_k, o0_in, 7)
+        b1 = place_key(o1, factor, offset_k, o1_in, 6)
+        b2 = place_key(o2, factor, offset_k, o2_in, 5)
+        b3 = place_key(o3, factor, offset_k, o3_in, 4)
+        b4 = place_key(o4, factor, offset_k, o4_in, 3)
+        b5 = place_key(o5, factor, offset_k, o5_in, 2)
+        b6 = place_key(o6, factor, offset_k, o6_in, 1)
         bottom_a = largest3(b0, b1, b2)
         bottom_b = largest3(b2, b3, b4)
         bottom_d = largest3(b4, b5, b6)
@@ -215,22 +214,24 @@ def bn_relu_pool_backward(
         z3 += chosen(t3, best_b, gb)
         z4 += chosen(t4, best_b, gb) + chosen(t4, best_d, gd)
         own = step >= begin
-        row = own & (i > 0)
+        in1 = (column < W)[:, None] & in_c & own
+        in2 = (column + 1 < W)[:, None] & in_c & own
+        in3 = (column + 2 < W)[:, None] & in_c & own
+        in4 = (column + 3 < W)[:, None] & in_c & own
         target = dz_image + pixel - W * C
-        sums, sums_c = finish_pixel(z1, c1, target, in1 & row, sums, sums_c)
-        sums, sums_c = finish_pixel(z2, c2, target + C, in2 & row, sums, sums_c)
-        sums, sums_c = finish_pixel(z3, c3, target + 2 * C, in3 & row, sums, sums_c)
-        sums, sums_c = finish_pixel(z4, c4, target + 3 * C, in4 & row, sums, sums_c)
+        sums, sums_c = finish_pixel(z1, c1, target, in1 & (i > 0), sums, sums_c)
+        sums, sums_c = finish_pixel(z2, c2, target + C, in2 & (i > 0), sums, sums_c)
+        sums, sums_c = finish_pixel(z3, c3, target + 2 * C, in3 & (i > 0), sums, sums_c)
+        sums, sums_c = finish_pixel(z4, c4, target + 3 * C, in4 & (i > 0), sums, sums_c)
         target += W * C
-        row = own & m_in
         y1 = chosen(m1, best_a, ga)
         y2 = chosen(m2, best_a, ga) + chosen(m2, best_b, gb)
         y3 = chosen(m3, best_b, gb)
         y4 = chosen(m4, best_b, gb) + chosen(m4, best_d, gd)
-        sums, sums_c = finish_pixel(y1, e1, target, in1 & row, sums, sums_c)
-        sums, sums_c = finish_pixel(y2, e2, target + C, in2 & row, sums, sums_c)
-        sums, sums_c = finish_pixel(y3, e3, target + 2 * C, in3 & row, sums, sums_c)
-        sums, sums_c = finish_pixel(y4, e4, target + 3 * C, in4 & row, sums, sums_c)
+        sums, sums_c = finish_pixel(y1, e1, target, in1 & m_in, sums, sums_c)
+        sums, sums_c = finish_pixel(y2, e2, target + C, in2 & m_in, sums, sums_c)
+        sums, sums_c = finish_pixel(y3, e3, target + 2 * C, in3 & m_in, sums, sums_c)
+        sums, sums_c = finish_pixel(y4, e4, target + 3 * C, in4 & m_in, sums, sums_c)
         sums = tl.where(own, sums, 0.0)
         sums_c = tl.where(own, sums_c, 0.0)
         z1 = chosen(b1, best_a, ga)

@@ -12,16 +12,12 @@ from tests.cases import Guarded, integers
 from tests.comparers import identical
 
 NAN, INF = float("nan"), float("inf")
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-SIZES = {
-    "even": (2, 16, 20, 8),
-    "odd, several tiles of columns": (1, 15, 17, 24),
-    "odd and even, several shares": (2, 9, 34, 8),
-    "one pixel": (2, 1, 1, 8),
-    "one row": (1, 1, 6, 8),
-    "one column": (1, 5, 1, 8),
-    "two by two": (3, 2, 2, 8),
-    "channels past a block": (1, 4, 5, 72),
+CASES = {
+    "even, two tiles of columns, two shares": (1, 8, 18, 24, torch.float16),
+    "odd": (1, 7, 9, 72, torch.bfloat16),
+    "images of four pixels": (3, 2, 2, 8, torch.float32),
+    "images of one pixel": (2, 1, 1, 8, torch.float16),
+    "one row": (1, 1, 6, 8, torch.bfloat16),
 }
 
 
@@ -65,23 +61,21 @@ def check(c: Tensor, scale: Tensor, shift: Tensor) -> None:
         identical(parts.double().sum(0), sums)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_is_exact_with_many_ties(size, dtype, counts) -> None:
-    k = size[3]
-    c, scale, shift = integers(*size, dtype=dtype, low=-3, high=3), integers(k), integers(k)
+@pytest.mark.parametrize(("n", "h", "w", "k", "dtype"), CASES.values(), ids=CASES)
+def test_is_exact_with_many_ties(n, h, w, k, dtype, counts) -> None:
+    c, scale, shift = integers(n, h, w, k, dtype=dtype, low=-3, high=3), integers(k), integers(k)
     check(c, scale, shift)
     assert counts == {"bn_relu_pool": 1, "bn_relu_pool_backward": 1}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_ties_that_rounding_makes_or_breaks(dtype) -> None:
     # many neighbours become equal only by rounding, and some differ by one unit in the last place
-    c = (1 + integers(1, 15, 12, 8, low=0, high=7) * torch.finfo(dtype).eps).to(dtype)
-    scale, shift = torch.rand(8) + 0.5, torch.randn(8) / 4
+    c = (1 + integers(1, 6, 7, 64, low=0, high=7) * torch.finfo(dtype).eps).to(dtype)
+    scale, shift = torch.rand(64) + 0.5, torch.randn(64) / 4
     z = normalised(c, scale, shift)
     y, index = F.max_pool2d(z.float().relu(), 3, 2, 1, return_indices=True)
-    assert y.unique().numel() < c.unique().numel() * 8
+    assert any(z[0, k].unique().numel() < c[..., k].unique().numel() for k in range(64)), "no ties by rounding"
     dz, _ = backward(torch.ones_like(y).permute(0, 2, 3, 1).to(dtype).contiguous(), c, scale, shift)
     expected = torch.zeros_like(z, dtype=torch.float32).flatten(2)
     expected.scatter_add_(2, index.flatten(2), (y > 0).float().flatten(2))
@@ -89,26 +83,26 @@ def test_ties_that_rounding_makes_or_breaks(dtype) -> None:
 
 
 def test_a_maximum_of_zero_stops_the_gradient() -> None:
-    c = -integers(1, 7, 7, 8, dtype=torch.float16, low=0, high=2)
+    c = -integers(1, 3, 3, 8, dtype=torch.float16, low=0, high=2)
     ones = torch.ones(8)
-    dz, parts = backward(torch.ones(1, 4, 4, 8, dtype=torch.float16), c, ones, torch.zeros(8))
+    dz, parts = backward(torch.ones(1, 2, 2, 8, dtype=torch.float16), c, ones, torch.zeros(8))
     assert not dz.any() and not parts.any()
     assert not forward(c, ones, torch.zeros(8)).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_nan_and_infinity_as_in_pytorch(dtype) -> None:
-    c = integers(1, 9, 10, 8, dtype=dtype, low=-3, high=3)
+    c = integers(1, 5, 6, 64, dtype=dtype, low=-3, high=3)
     c[torch.rand(c.shape) < 0.15] = NAN
     c[torch.rand(c.shape) < 0.05] = INF
     c[torch.rand(c.shape) < 0.05] = -INF
-    scale = torch.tensor([1.0, -1.0, 2.0, 0.0, 1.0, 1.0, NAN, 1.0])
-    check(c, scale, integers(8))
+    scale = torch.tensor([1.0, -1.0, 2.0, 0.0, 1.0, 1.0, NAN, 1.0]).repeat(8)
+    check(c, scale, integers(64))
 
 
 def test_repeats_bitwise() -> None:
-    c, scale, shift = torch.randn(2, 30, 33, 16).half(), torch.randn(16), torch.randn(16)
-    dy = torch.randn(2, 15, 17, 16).half()
+    c, scale, shift = torch.randn(1, 5, 6, 16).half(), torch.randn(16), torch.randn(16)
+    dy = torch.randn(1, 3, 3, 16).half()
     first, second = backward(dy, c, scale, shift), backward(dy, c, scale, shift)
     identical(first[0], second[0])
     identical(first[1], second[1])
