@@ -61,9 +61,18 @@ def rows_of(w, k, c, K: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def dot_with_filters(filters, right, acc, EXACT: tl.constexpr):
+    """``acc + filters @ right`` of fp32 blocks. EXACT: TF32 holds the filters, so two TF32 products suffice."""
+    if EXACT:
+        high = (right.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 11 bits of TF32
+        acc = tl.dot(filters, high, acc, input_precision="tf32")
+        return tl.dot(filters, right - high, acc, input_precision="tf32")
+    return tl.dot(filters, right, acc, input_precision="ieee")
+
+
+@triton.jit
 def times_centred(
-    w, s2, s1, k, j, count, K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, GUARD: tl.constexpr,
-    BK: tl.constexpr,
+    w, s2, s1, k, j, count, K: tl.constexpr, C: tl.constexpr, GUARD: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """``(w S)[k, j]``, and if GUARD ``(w^2 (s2/M)^2)[k, j]`` with elementwise squares, roughly."""
     high, low = mean_parts(s1, j, C, count)
@@ -76,7 +85,7 @@ def times_centred(
         moments = rows_of(s2, i, j, C, C)
         total = tl.load(s1 + i, mask=i < C, other=0.0)
         centred = less_product(moments, total[:, None], high[None, :], low[None, :])
-        product = tl.dot(filters, centred, product, input_precision=PRECISION)
+        product = dot_with_filters(filters, centred, product, w.dtype.element_ty != tl.float32)
         if GUARD:
             moments *= inverse
             squares = tl.dot(filters * filters, moments * moments, squares, input_precision="tf32")
@@ -86,7 +95,7 @@ def times_centred(
 @triton.jit
 def gram_stats(
     w, s2, s1, gamma, beta, stats, doubtful, count, eps, ERROR, K: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The statistics of BM filters. ERROR: relative to an entry of ``s2``, over the one allowed of ``var + eps``."""
     k = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -96,7 +105,7 @@ def gram_stats(
     spread = tl.zeros((BM,), tl.float32)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        product, squares = times_centred(w, s2, s1, k, j, count, K, C, PRECISION, doubtful is not None, BK)
+        product, squares = times_centred(w, s2, s1, k, j, count, K, C, doubtful is not None, BK)
         filters = rows_of(w, k, j, K, C).to(tl.float32)
         total = tl.load(s1 + j, mask=j < C, other=0.0).to(tl.float64)
         mean += tl.sum(filters.to(tl.float64) * total[None, :], 1)
@@ -138,7 +147,7 @@ def third_factor(k, stats, dgamma, count, K: tl.constexpr):
 @triton.jit
 def gram_rows(
     w, g, sdz, s2, s1, stats, dw, dgamma, dbeta, wp, count, K: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Everything that belongs to BM filters: their gradients and ``wp``."""
     k = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -162,7 +171,7 @@ def gram_rows(
     g3 = third_factor(k, stats, dg, count, K)
     for start in range(0, C, BN):
         j = start + tl.arange(0, BN)
-        product, _ = times_centred(w, s2, s1, k, j, count, K, C, PRECISION, False, BK)
+        product, _ = times_centred(w, s2, s1, k, j, count, K, C, False, BK)
         high, low = mean_parts(s1, j, C, count)
         centred = less_product(rows_of(g, k, j, K, C), d[:, None], high[None, :], low[None, :])
         stored = inside[:, None] & (j < C)[None, :]
@@ -172,8 +181,7 @@ def gram_rows(
 
 @triton.jit
 def gram_matrix(
-    w, stats, dgamma, q, count, K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, BC: tl.constexpr,
-    BK: tl.constexpr,
+    w, stats, dgamma, q, count, K: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """A tile of ``Q = w^T diag(g3) w``."""
     blocks = tl.cdiv(C, BC)
@@ -183,8 +191,9 @@ def gram_matrix(
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         g3 = third_factor(k, stats, tl.load(dgamma + k, mask=k < K, other=0.0), count, K)
-        left = rows_of(w, k, i, K, C).to(tl.float32) * g3[:, None]
-        acc = tl.dot(tl.trans(left), rows_of(w, k, j, K, C).to(tl.float32), acc, input_precision=PRECISION)
+        left = tl.trans(rows_of(w, k, i, K, C).to(tl.float32))
+        right = rows_of(w, k, j, K, C).to(tl.float32) * g3[:, None]
+        acc = dot_with_filters(left, right, acc, w.dtype.element_ty != tl.float32)
     tl.store(q + i[:, None] * C + j[None, :], acc, mask=(i < C)[:, None] & (j < C)[None, :])
 
 
@@ -216,11 +225,6 @@ def gram_columns(
         total += tl.sum(factor[:, None] * rows_of(wp, k, j, K, C).to(tl.float32).to(tl.float64), 0)
     tl.store(rho + j, power, mask=j < C)
     tl.store(v + j, (-total / tl.cast(count, tl.float64)).to(tl.float32), mask=j < C)
-
-
-def _precision(w: torch.Tensor) -> str:
-    """Of the products with ``w``: three TF32 products are enough where ``w`` itself is exact in TF32."""
-    return "ieee" if w.dtype == torch.float32 else "tf32x3"
 
 
 def _tile(w: torch.Tensor) -> dict[str, int]:
@@ -260,7 +264,7 @@ def launch_gram_stats(
     tile = _tile(w)
     gram_stats[(cdiv(k, tile["BM"]),)](
         w, s2, s1, gamma, beta, stats, doubtful, count, float(eps), ULPS * 2.0**-23 / DOUBTFUL, K=k, C=c,
-        PRECISION=_precision(w), **tile, num_warps=4,
+        **tile, num_warps=4,
     )  # fmt: skip
 
 
@@ -300,16 +304,16 @@ def launch_gram_backward(
     k, c = w.shape
     if w.numel() == 0:
         return
-    tile, precision = _tile(w), _precision(w)
+    tile = _tile(w)
     q = torch.empty((c, c), dtype=torch.float32, device=w.device)
     count_launch("gram_rows")
     gram_rows[(cdiv(k, tile["BM"]),)](
-        w, g, sdz, s2, s1, stats, dw, dgamma, dbeta, wp, count, K=k, C=c, PRECISION=precision, **tile, num_warps=4
+        w, g, sdz, s2, s1, stats, dw, dgamma, dbeta, wp, count, K=k, C=c, **tile, num_warps=4
     )
     side = 32 if c > 16 else 16
     count_launch("gram_matrix")
     gram_matrix[(cdiv(c, side) ** 2,)](
-        w, stats, dgamma, q, count, K=k, C=c, PRECISION=precision, BC=side, BK=128 // w.element_size(), num_warps=4
+        w, stats, dgamma, q, count, K=k, C=c, BC=side, BK=128 // w.element_size(), num_warps=4
     )
     count_launch("gram_columns")
     gram_columns[(cdiv(c, 16),)](q, wp, sdz, s1, mm, rho, v, count, K=k, C=c, BC=16, BR=128, num_warps=4)

@@ -47,7 +47,7 @@ def test_gram(k: int, c: int, dtype: torch.dtype, count: int) -> None:
     found = programs(lambda: gram(k, c, dtype, count))
     assert tuple(found) == GRAM
     for name in GRAM[:3]:
-        # three TF32 products stand for an exact one, but not of fp32 weights; the estimate is always of TF32
+        # two TF32 products stand for an exact one, but not of fp32 weights; the estimate is always of TF32
         expected = dtype != torch.float32 or name == "gram_stats"
         assert (found[name][1].listing.count(sass.TENSOR_CORE) > 0) == expected, name
 
