@@ -59,7 +59,7 @@ def run_block(
     n = len(units)
     main = n - project
     first = main - gram  # behind the raw outputs come the stats, the projection's behind its raw output
-    stats = saved[first : first + main]
+    stats = [*saved[first : first + main]]
     if project:
         stats.append(saved[first + main + (not gram)])
     sizes = [_pixels(saved[i]) for i in range(first)]
