@@ -203,28 +203,29 @@ def gram_columns(
 ):
     """BC columns of ``Q``: as ``mm * rho``, and their ``v``."""
     j = tl.program_id(0) * BC + tl.arange(0, BC)
-    largest = tl.zeros((BC,), tl.float32)
+    magnitude = tl.zeros((BR, BC), tl.float32)
     for start in range(0, C, BR):
-        largest = tl.maximum(largest, tl.max(tl.abs(rows_of(q, start + tl.arange(0, BR), j, C, C)), 0))
+        magnitude = tl.maximum(magnitude, tl.abs(rows_of(q, start + tl.arange(0, BR), j, C, C)))
+    largest = tl.max(magnitude, 0)
     # biased exponents of rho and of 1 / rho, both kept normal
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) + 1, 1), 253)
     exponent = tl.where(largest == 0.0, 127, exponent)
     power = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    total = tl.zeros((BC,), tl.float64)
+    total = tl.zeros((BR, BC), tl.float64)
     for start in range(0, C, BR):
         i = start + tl.arange(0, BR)
         column = (rows_of(q, i, j, C, C) * inverse[None, :]).to(mm.dtype.element_ty)
         tl.store(mm + i[:, None] * C + j[None, :], column, mask=(i < C)[:, None] & (j < C)[None, :])
         factor = tl.load(s1 + i, mask=i < C, other=0.0).to(tl.float64)
-        total += tl.sum(factor[:, None] * column.to(tl.float32).to(tl.float64), 0)
-    total *= power.to(tl.float64)
+        total += factor[:, None] * column.to(tl.float32).to(tl.float64)
+    total *= power.to(tl.float64)[None, :]
     for start in range(0, K, BR):
         k = start + tl.arange(0, BR)
         factor = tl.load(sdz + k, mask=k < K, other=0.0).to(tl.float64)
-        total += tl.sum(factor[:, None] * rows_of(wp, k, j, K, C).to(tl.float32).to(tl.float64), 0)
+        total += factor[:, None] * rows_of(wp, k, j, K, C).to(tl.float32).to(tl.float64)
     tl.store(rho + j, power, mask=j < C)
-    tl.store(v + j, (-total / tl.cast(count, tl.float64)).to(tl.float32), mask=j < C)
+    tl.store(v + j, (-tl.sum(total, 0) / tl.cast(count, tl.float64)).to(tl.float32), mask=j < C)
 
 
 def _tile(w: torch.Tensor) -> dict[str, int]:
