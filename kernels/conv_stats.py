@@ -160,13 +160,54 @@ def refusal(shape: ConvShape, itemsize: int, config: ConvConfig) -> str | None:
     return None
 
 
-def conv_stats_configs(shape: ConvShape, itemsize: int, prologue: bool) -> list[ConvConfig]:
+#: Pixels, filters, warps, stages and programs per multiprocessor of tiles with 16-bit operands, none of which spills.
+TILES = (
+    (256, 128, 8, 3, 1),
+    (128, 256, 8, 3, 1),
+    (128, 128, 4, 2, 2),
+    (256, 64, 8, 2, 1),
+    (128, 64, 4, 2, 2),
+    (64, 64, 4, 2, 4),
+    (256, 32, 4, 2, 2),
+    (256, 16, 4, 2, 4),
+)
+#: The same for a 1x1: its many short tiles hide each other's epilogue.
+TILES_1X1 = (
+    (128, 128, 4, 2, 2),
+    (256, 128, 8, 2, 1),
+    (128, 64, 4, 2, 3),
+    (64, 64, 4, 3, 4),
+    (128, 32, 4, 3, 4),
+    (128, 16, 4, 3, 4),
+)
+#: The same for fp32: with TF32, and exact.
+TILES_TF32 = ((128, 128, 8, 2, 1), (64, 64, 8, 2, 3), (128, 32, 4, 2, 2), (128, 16, 4, 2, 2))
+TILES_IEEE = ((64, 64, 8, 2, 1), (64, 32, 8, 2, 1), (64, 16, 8, 2, 1))
+
+
+def conv_stats_configs(shape: ConvShape, itemsize: int, prologue: bool, precision: str = "tf32") -> list[ConvConfig]:
     """Configurations that compute the convolution and do not spill on sm_90; the first is the heuristic.
 
-    Empty where a tensor map cannot describe it: the library has to compute it then.
+    Empty where a tensor map cannot describe the convolution: the library has to compute it then. ``precision`` matters
+    for fp32 alone.
     """
-    configs = []
-    return configs
+    tiles = TILES_1X1 if shape.r * shape.s == 1 else TILES
+    if itemsize == 4:
+        tiles = TILES_TF32 if precision == "tf32" else TILES_IEEE
+    widest = max(16, next_power_of_two(shape.k))
+    bk = min(128 // itemsize, max(16, next_power_of_two(shape.c)))
+    if shape.stride == 2 and shape.r * shape.s > 1:
+        bk = min(bk, shape.c & -shape.c)
+    configs, later = [], []
+    for bm, bn, warps, stages, resident in tiles:
+        if bk < 16 or bn > widest or (bn < min(64, widest)):
+            continue
+        box = (1, 1, bm) if shape.pointwise else least_waste_box(shape, bm)
+        config = ConvConfig("conv_stats", box, bn, bk, warps, stages, persistent=resident)
+        if refusal(shape, itemsize, config) is None:
+            few = cdiv(shape.m, bm) * cdiv(shape.k, bn) < FEW_TILES
+            (later if few else configs).append(config)
+    return configs + later[::-1]
 
 
 def conv_stats_parts(shape: ConvShape, config: ConvConfig, multiprocessors: int = 132) -> int:

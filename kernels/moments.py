@@ -32,7 +32,7 @@ def quotient(a, n):
 @triton.jit
 def from_pivot(number, pivot, total, squares):
     """Mean and M2 of ``number`` values from the sums of their deviations from ``pivot`` and of the squares of these."""
-    drift = quotient(total, number)
+    drift = quotient(total, tl.maximum(number, 1.0))
     return pivot + drift, tl.maximum(squares - total * drift, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -53,7 +53,8 @@ def moments(c, parts, M, ROWS, K: tl.constexpr, BM: tl.constexpr, BN: tl.constex
     squares = tl.zeros((BM, BN), tl.float32)
     for m in tl.range(0, rows, BM, num_stages=3):
         inside = (row < rows - m)[:, None] & column
-        value = tl.load(c + m.to(tl.int64) * K + offset, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(c + offset, mask=inside, other=0.0).to(tl.float32)
+        c += BM * K
         deviation = tl.where(inside, value - pivot[None, :], 0.0)
         sums += deviation
         squares += deviation * deviation

@@ -62,7 +62,9 @@ def parts_of(shape: ConvShape, config: ConvConfig, parts: int) -> Tensor:
 def moments_of(y: Tensor, part: Tensor, parts: int) -> Tensor:
     """``[parts, 3, K]`` in fp64: count, mean, M2."""
     rows = [y[part == i].double() for i in range(parts)]
-    return torch.stack([torch.stack((torch.full_like(r[0], len(r)), r.mean(0), r.var(0, False) * len(r))) for r in rows])
+    return torch.stack(
+        [torch.stack((torch.full_like(r[0], len(r)), r.mean(0), r.var(0, False) * len(r))) for r in rows]
+    )
 
 
 def run(inputs: Inputs, config: ConvConfig, parts: int | None, precision: str = "ieee") -> tuple[Tensor, Tensor | None]:
@@ -87,9 +89,9 @@ def config_of(box: tuple[int, int, int], bn: int = 16, bk: int = 16) -> ConvConf
 
 EXACT = [
     # shape, box, bn, bk, parts, dtype, prologue
-    (ConvShape(2, 8, 8, 16, 16, 3, 3, 1, 1), (1, 4, 4), 16, 16, 4, BF16, True),
-    (ConvShape(2, 8, 8, 32, 24, 3, 3, 1, 1), (2, 4, 4), 16, 16, 2, HALF, True),  # two chunks, a column block overhangs
-    (ConvShape(2, 8, 8, 24, 16, 3, 3, 1, 1), (1, 8, 4), 16, 16, 2, BF16, True),  # a chunk reaches into the next tap
+    (ConvShape(2, 8, 8, 16, 16, 3, 3, 1, 1), (1, 4, 8), 16, 16, 2, BF16, True),
+    (ConvShape(2, 4, 8, 32, 24, 3, 3, 1, 1), (2, 4, 4), 16, 16, 1, HALF, True),  # two chunks, a column block overhangs
+    (ConvShape(1, 8, 8, 24, 16, 3, 3, 1, 1), (1, 4, 8), 16, 16, 2, BF16, True),  # a chunk reaches into the next tap
     (ConvShape(2, 8, 8, 16, 16, 3, 3, 2, 1), (2, 2, 4), 16, 16, 2, BF16, True),
     (ConvShape(2, 8, 8, 16, 16, 3, 3, 2, 1), (2, 2, 4), 16, 16, 1, FP32, False),
     (ConvShape(2, 8, 8, 16, 16, 3, 3, 1, 2, 2), (1, 4, 8), 16, 16, 2, FP32, True),
@@ -133,9 +135,11 @@ def test_overhang(shape: ConvShape, box: tuple[int, int, int], parts: int, prolo
     reference = moments_of(expected, part, parts)
     identical(statistics[:, 0], reference[:, 0].float())
     assert statistics[:, 0].sum() == shape.m * shape.k
-    eager = torch.stack([torch.stack(torch.var_mean(expected[part == i].float(), 0, correction=0)) for i in range(parts)])
-    no_worse_than(statistics[:, 1], eager[:, 1], reference[:, 1])
-    no_worse_than(statistics[:, 2] / statistics[:, 0], eager[:, 0], reference[:, 2] / reference[:, 0])
+    for i in range(parts):  # against the same formula, each sum in fp32
+        values = expected[part == i].float()
+        mean = values.mean(0)
+        no_worse_than(statistics[i, 1], mean, reference[i, 1])
+        no_worse_than(statistics[i, 2], (values - mean).square().sum(0), reference[i, 2])
 
 
 @pytest.mark.parametrize("r", [1, 3])
@@ -175,13 +179,13 @@ def test_large_mean() -> None:
 
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 def test_close(dtype: torch.dtype) -> None:
-    shape = ConvShape(2, 6, 6, 32, 16, 3, 3, 1, 1)
-    x, w = torch.randn(2, 6, 6, 32).to(dtype), (torch.randn(16, 3, 3, 32) / 17).to(dtype)
+    shape = ConvShape(1, 6, 6, 32, 16, 3, 3, 1, 1)
+    x, w = torch.randn(1, 6, 6, 32).to(dtype), (torch.randn(16, 3, 3, 32) / 17).to(dtype)
     inputs = Inputs(shape, x, w, torch.rand(32) + 0.5, torch.randn(32) / 2)
-    config = config_of((2, 4, 4), bk=32)
-    y, statistics = run(inputs, config, 2)
+    config = config_of((1, 4, 8), bk=32)
+    y, statistics = run(inputs, config, 1)
     no_worse_than(y, inputs.expected(dtype), inputs.expected())
-    again, repeated = run(inputs, config, 2)
+    again, repeated = run(inputs, config, 1)
     identical(again, y)
     identical(repeated, statistics)
 
@@ -206,7 +210,9 @@ def test_refusals() -> None:
         (ConvShape(1, 8, 8, 20, 16, 3, 3, 1, 1), "multiples of 8"),
         (ConvShape(1, 8, 8, 24, 16, 3, 3, 2, 1), "bk must divide C"),
     ):
-        x, w, y = (torch.empty(size, dtype=HALF) for size in ((1, shape.h, shape.w, shape.c), (16, 3, 3, shape.c), (1,)))
+        x, w, y = (
+            torch.empty(size, dtype=HALF) for size in ((1, shape.h, shape.w, shape.c), (16, 3, 3, shape.c), (1,))
+        )
         with pytest.raises(ValueError, match=message):
             launch_conv_stats(x, w, y, None, shape, None, config, "ieee")
 
