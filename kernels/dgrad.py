@@ -65,10 +65,10 @@ def dgrad_tile(
 ):  # fmt: skip
     """One box of pixels times BN channels from ``c0`` on; returns the sums with those of this tile added.
 
-    The product is computed transposed, channels times pixels, so that both operands come from shared memory; not with
-    a prologue, whose result is in registers, nor with fewer channels than a matrix instruction has rows.
+    The product is computed transposed, channels times pixels: both operands come from shared memory, and a channel's
+    sums and vectors belong to few threads. Fewer channels than a matrix instruction has rows are computed as columns.
     """
-    TRANSPOSED: tl.constexpr = raw is None and BN >= 64
+    TRANSPOSED: tl.constexpr = BN >= 64
     BM: tl.constexpr = TN * TH * TW
     CHUNKS: tl.constexpr = (K + BK - 1) // BK
     HALVES: tl.constexpr = PHASES == 4
@@ -226,7 +226,7 @@ def launch_dgrad(
                 f"parts has {parts.shape[0]} rows, mask is {type(mask).__name__}; allowed: {rows} rows and a "
                 "mask (c, Normalised), because the second sum is of dx * c"
             )
-    filled = 0
+    filled = 0  # rows of parts
     for walk in walks(shape, config, residual_stride):
         pixels = functools.partial(pixel_boxes, walk=walk, divided=phased(shape, residual_stride), flat=shape.pointwise)
         d_pixels = functools.partial(pixels, divided=half and shape.stride == 1)

@@ -91,44 +91,48 @@ def dgrad_configs(shape: ConvShape, itemsize: int, prologue: bool, precision: st
         prologue: whether BN's backward is applied as the gradient is loaded.
         precision: of fp32; without tensor cores (``"ieee"``) only small tiles do not spill.
 
-    Four warps for a 128x128 or 256x64 tile, as in the forward; with a prologue, which every warp computes for its own
-    rows, eight. A prologue costs the same for any number of columns: 256 of them halve it.
+    Those that leave most of a large GPU idle are left out. Four warps for a 128x128 or 256x64 tile,
+    as in the forward. A prologue costs the same for any number of columns, so it prefers 256 of them, and few rows,
+    because two or three programs on a multiprocessor have to hide one another's waits. With sums (what it is that costs
+    most registers), sm_90, bf16, of the layers of ResNet-50:
+
+    ======== =================== ========= ============ ========
+    prologue rows, columns, warps registers shared bytes pressure
+    ======== =================== ========= ============ ========
+    no       256, 64, 4          255       81,936       0.20
+    no       128, 128, 4         255       98,328       0.23
+    no       256, 128, 8         255       147,480      0.22
+    no       128, 256, 8         255       147,480      0.23
+    yes      64, 256, 4          255       90,904       0.71
+    yes      64, 128, 4          168       58,136       1.41
+    yes      128, 256, 8         255       115,480      0.70
+    yes      128, 128, 8         164       82,712       1.38
+    ======== =================== ========= ============ ========
     """
     deep = 128 // itemsize
     bk = min(deep, max(16, next_power_of_two(shape.k)))
     columns = min(128, max(16, next_power_of_two(shape.c)))
     if shape.stride == 2 and shape.c % 32 == 0:
         columns = min(columns, shape.c & -shape.c)  # so that one launch has all phases
-    if shape.pointwise:
-        n, h, w = 1, 1, shape.n * shape.h * shape.w
-    else:
-        n, h, w = shape.n, cdiv(shape.h, shape.stride), cdiv(shape.w, shape.stride)
-    blocks = shape.stride**2
-
-    def tile(bm: int, bn: int, warps: int, stages: int) -> ConvConfig:
-        box = (1, 1, bm) if shape.pointwise else pixel_box(n, h, w, bm)
-        return ConvConfig("dgrad", box, bn, bk, warps, stages)
-
-    def tiles(bm: int, bn: int) -> int:
-        return blocks * cdiv(n * h * w, bm) * cdiv(shape.c, bn)
-
+    n, h, w = shape.n, cdiv(shape.h, shape.stride), cdiv(shape.w, shape.stride)
+    tiles: list[tuple[int, int, int, int]]  # rows, columns, warps, stages
     if itemsize == 4:
-        if precision == "ieee":
-            return [tile(128, min(64, columns), 8, 2)]
-        return [tile(128, columns, 8 if columns == 128 else 4, 2)]
-    bm = 128 if columns > 64 or prologue else 256
-    while bm > 64 and tiles(bm, columns) < FEW_TILES:
-        bm //= 2
-    if prologue:
-        configs = [tile(bm, columns, 8 if columns == 128 and bm == 128 else 4, 3)]
-        if columns == 128 and shape.c % 256 == 0 and tiles(128, 256) >= FEW_TILES:
-            configs += [tile(128, 256, 8, 3), tile(64, 256, 4, 2)]
-        return configs
-    configs = [tile(bm, columns, 4, 2 if bm == 256 else 3)]
-    if bm * columns == 128 * 128 and tiles(256, 128) >= FEW_TILES:
-        configs.append(tile(256, 128, 8, 3))
+        tiles = [(128, min(64, columns), 8, 2)]
+        if precision == "tf32":
+            tiles = [(128, columns, 8 if columns == 128 else 4, 2)]
+    elif prologue:
+        tiles = [(64, columns, 4, 2), (128, columns, 8 if columns == 128 else 4, 2)]
         if shape.c % 256 == 0:
-            configs.append(tile(128, 256, 8, 3))
-    if bm == 256:
-        configs.append(tile(128, columns, 4, 3))
-    return configs
+            tiles = [(64, 256, 4, 2), *tiles, (128, 256, 8, 2)]
+    elif columns == 128:
+        tiles = [(128, 128, 4, 3), (256, 128, 8, 3), (64, 128, 4, 3)]
+        if shape.c % 256 == 0:
+            tiles.insert(2, (128, 256, 8, 3))
+    else:
+        tiles = [(256, columns, 4, 2), (128, columns, 4, 3)]
+    blocks = shape.stride**2 * n * h * w
+    busy = [t for t in tiles if cdiv(blocks, t[0]) * cdiv(shape.c, t[1]) >= FEW_TILES]
+    return [
+        ConvConfig("dgrad", (1, 1, bm) if shape.pointwise else pixel_box(n, h, w, bm), bn, bk, warps, stages)
+        for bm, bn, warps, stages in busy or [(64, min(64, columns), 4, 3)]
+    ]
