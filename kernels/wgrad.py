@@ -5,8 +5,8 @@
     gram        : s2 = sum of h h^T, s1 = sum of h: the same with both operands equal
 
 d is the gradient behind its prologue, h the input behind its own. A program owns a block of output channels, a block of
-input channels and a group of filter taps, walks over its share of the boxes of pixels and keeps one accumulator
-``[BC, BN]`` (the transposed gradient) for each tap in registers. Boxes and padding are those of ``conv_tma``.
+input channels and a group of filter taps, walks over its share of the boxes of pixels and keeps one accumulator for
+each tap in registers. Boxes and padding are those of ``conv_tma``.
 
 With stride 1, tap (r, s) needs pairs of pixels that are (r, s) apart, whichever of the two is shifted. So the input's
 box moves with r and the gradient's box with s: RT x ST taps need RT + ST boxes. Otherwise the input's moves with both.
@@ -16,12 +16,14 @@ The shares are added in a fixed order by ``sum_parts``: no atomics, results repe
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import ConvConfig
+from .config import MOST_WGRAD_SPLITS, ConvConfig, least_waste_box, next_power_of_two
 from .geometry import ConvShape, cdiv
 from .launch import count
 from .prologue import BNBackward, Normalised, bn_backward_of, bn_relu
@@ -101,11 +103,11 @@ def wgrad(
         x_shift = tl.load(shift + c, mask=c < C, other=0.0)[None, :]
     accs = ()
     for _ in tl.static_range(RT * ST):
-        accs += (tl.zeros((BC, BN), tl.float32),)
+        accs += (tl.zeros((BC, BN) if SHIFTED else (BN, BC), tl.float32),)
     total = tl.zeros((ROWS, BN), tl.float32)
     first = (part.to(tl.int64) * BOXES // SPLIT).to(tl.int32)
     end = ((part + 1).to(tl.int64) * BOXES // SPLIT).to(tl.int32)
-    tl.assume(end > first)
+    tl.assume(end > first)  # else the products of the first round wait for one another
     if FLAT:
         n0, p0, q0 = 0, 0, first * BM
     else:
@@ -152,12 +154,15 @@ def wgrad(
                                 padding = padding[:, None]
                             bias = tl.where(padding, 0.0, x_shift)
                         h = bn_relu(h, x_scale, bias)
-                hs += (h.T,)
+                hs += (h,)
         new = ()
         for r in tl.static_range(RT):
             for s in tl.static_range(ST):
-                h = hs[r if SHIFTED else r * ST + s]
-                acc = tl.dot(h, ds[s if SHIFTED else 0], accs[r * ST + s], input_precision=PRECISION)
+                # What several products share is the left operand: it passes through registers.
+                if SHIFTED:
+                    acc = tl.dot(hs[r].T, ds[s], accs[r * ST + s], input_precision=PRECISION)
+                else:
+                    acc = tl.dot(ds[0].T, hs[r * ST + s], accs[r * ST + s], input_precision=PRECISION)
                 new += (acc,)
         accs = new
         q0 += TW  # counted, because divisions would cost more instructions than the products
@@ -166,8 +171,13 @@ def wgrad(
             q0 = tl.where(q0 < ACROSS, q0, 0)
             n0 = tl.where(p0 < P, n0, n0 + TN)
             p0 = tl.where(p0 < P, p0, 0)
-    stored = (c < C)[:, None] & (k < K)[None, :]
-    out = parts + part.to(tl.int64) * PART + k[None, :] * (R * S * C) + c[:, None]
+    out = parts + part.to(tl.int64) * PART
+    if SHIFTED:
+        out += k[None, :] * (R * S * C) + c[:, None]
+        stored = (c < C)[:, None] & (k < K)[None, :]
+    else:
+        out += k[:, None] * (R * S * C) + c[None, :]
+        stored = (k < K)[:, None] & (c < C)[None, :]
     for r in tl.static_range(RT):
         for s in tl.static_range(ST):
             tl.store(out + ((r0 + r) * S + s0 + s) * C, accs[r * ST + s], mask=stored)
@@ -194,6 +204,80 @@ def shifts_gradient(shape: ConvShape) -> int | None:
         return None
     centre = shape.padding // shape.dilation
     return centre if centre < shape.s and shape.q <= shape.w else None
+
+
+def wgrad_configs(
+    shape: ConvShape, itemsize: int, normalised: bool = False, multiprocessors: int = 132
+) -> list[ConvConfig]:
+    """Configurations for a gradient, the best guess first.
+
+    Args:
+        shape: of the forward convolution.
+        itemsize: bytes of an element of x and dy.
+        normalised: whether x has a prologue; it costs registers.
+        multiprocessors: of the GPU; the shares of the pixels are chosen to fill it.
+    """
+    k, c = next_power_of_two(shape.k), next_power_of_two(shape.c)
+    if itemsize == 4:  # no transposed operands in shared memory: the tensor cores of the generation before
+        tiles = [(64, 64, 8, 2), (64, 32, 4, 2)]
+    elif shape.r * shape.s == 1:
+        tiles = [(256, 64, 8, 3), (64, 256, 8, 3), (128, 128, 8, 3), (128, 256, 8, 2), (128, 128, 4, 2), (64, 64, 4, 3)]
+    elif shifts_gradient(shape) is None:  # an input box for each tap
+        tiles = [(128, 64, 8, 2), (64, 64, 4, 2)] if normalised else [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
+    else:
+        tiles = [(128, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 3)]
+    return _tiled(tiles, shape, k, c, 32 if itemsize == 4 else 64, multiprocessors)
+
+
+def gram_configs(shape: ConvShape, itemsize: int, multiprocessors: int = 132) -> list[ConvConfig]:
+    """Configurations for :func:`launch_gram`, the best guess first; ``shape``: 1x1, as many filters as channels."""
+    c = next_power_of_two(shape.c)
+    tiles = [(64, 64, 4, 2)] if itemsize == 4 else [(128, 128, 8, 3), (64, 64, 4, 3)]
+    return _tiled(tiles, shape, c, c, 32 if itemsize == 4 else 64, multiprocessors)
+
+
+def _tiled(
+    tiles: list[tuple[int, int, int, int]], shape: ConvShape, k: int, c: int, bm: int, multiprocessors: int
+) -> list[ConvConfig]:
+    """Those of ``(bn, bk, warps, stages)`` that fit the channels, clipped to them, with box and shares."""
+    left_is_x = shifts_gradient(shape) is not None
+    least = (16, 64) if left_is_x else (64, 16)  # wgmma has 64 rows
+    clipped = []
+    for bn, bk, warps, stages in tiles:
+        tile = (min(bn, max(k, least[0])), min(bk, max(c, least[1])), warps, stages)
+        if (bn <= k and bk <= c) or (bn, bk) == (64, 64):
+            clipped.append(tile)
+    configs = []
+    for bn, bk, warps, stages in dict.fromkeys(clipped or [tile]):
+        box = _box(shape, bm)
+        config = ConvConfig("wgrad", box, bn, bk, warps, stages)
+        rt, st = tap_group(shape, config)
+        blocks = cdiv(shape.k, bn) * cdiv(shape.c, bk) * (shape.r // rt) * (shape.s // st)
+        resident = max(1, 8 // warps)
+        most = min(_boxes(shape, box), MOST_PART_BYTES // (4 * shape.weights), MOST_WGRAD_SPLITS)
+        split = max(1, min(most, multiprocessors * resident // blocks))
+        configs.append(replace(config, split=split))
+    return configs
+
+
+def _box(shape: ConvShape, bm: int) -> tuple[int, int, int]:
+    """The box of ``bm`` pixels that wastes least. One row high where rows are padded: then they are as a whole."""
+    if shape.pointwise:
+        return (1, 1, bm)
+    if shape.r == shape.s == 1 or shifts_gradient(shape) is None:
+        return least_waste_box(shape, bm)
+    boxes = [(bm >> log, 1, 1 << log) for log in range(bm.bit_length())]
+    return min(boxes, key=lambda box: (cdiv(shape.n, box[0]) * cdiv(shape.w, box[2]), -box[2]))
+
+
+def _boxes(shape: ConvShape, box: tuple[int, int, int]) -> int:
+    """Boxes of pixels that the shares divide among them."""
+    tn, th, tw = box
+    if shape.pointwise:
+        return cdiv(shape.m, tn * th * tw)
+    shifted = shape.r * shape.s > 1 and shifts_gradient(shape) is not None
+    across = shape.w if shifted else shape.q
+    return cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(across, tw)
 
 
 def wgrad_workspace_bytes(shape: ConvShape, config: ConvConfig) -> int:
@@ -226,7 +310,7 @@ def launch_wgrad(
         precision: of fp32 products, "tf32" or "ieee".
 
     Raises:
-        ValueError: no tensor map describes the strided x.
+        ValueError: no tensor map describes the strided x, or ``config.split`` exceeds the boxes of pixels.
     """
     other, g = None, (None, None, None)
     kind = "none"
@@ -254,6 +338,9 @@ def launch_gram(
         stride: 1, or 2 for the pixels with even rows and columns only.
         prologue: h is x behind BN and ReLU; None where h is x.
         config, precision: as for :func:`launch_wgrad`.
+
+    Raises:
+        ValueError: ``config.split`` exceeds the boxes of pixels.
     """
     n, h, w, c = x.shape
     shape = ConvShape(n, h, w, c, c, stride=stride)
@@ -279,10 +366,8 @@ def _launch(
 ) -> None:
     if shape.r == shape.s == 1 and shape.padding == 0 and shape.stride > 1:  # the pixels that count are a slice
         x = x[:, :: shape.stride, :: shape.stride]
-        strided = shape
         shape = ConvShape(shape.n, shape.p, shape.q, shape.c, shape.k)
         flat = False
-        assert (shape.p, shape.q) == (strided.p, strided.q)
     else:
         flat = shape.pointwise
     if shape.stride > 2 or (shape.stride == 2 and (shape.h % 2 or shape.w % 2)):
@@ -307,11 +392,14 @@ def _launch(
         halves = [shape.n, shape.h // 2, 2, shape.w // 2, 2 * shape.c]
         x_box = TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
     centre = shifts_gradient(shape)
-    shifted = centre is not None
+    # where the gradient moves, x is the left operand, of which wgmma takes no fewer than 64 rows
+    shifted = centre is not None and not (x.element_size() == 2 and bk < 64 <= bn)
     across = shape.w if shifted else shape.q
     boxes = cdiv(shape.m, tw) if flat else cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(across, tw)
     rt, st = tap_group(shape, config)
     blocks = cdiv(shape.k, bn) * cdiv(shape.c, bk) * (shape.r // rt) * (shape.s // st)
+    if split > boxes:
+        raise ValueError(f"split={split} shares {boxes} boxes of pixels; allowed: at most {boxes}. Take fewer shares.")
     parts, sum_out, length = dw, sums, dw.numel()
     if split > 1:
         length += 0 if sums is None else shape.k
