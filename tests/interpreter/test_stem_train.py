@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,18 +11,23 @@ from torch import Tensor
 
 from resnet_triton.kernels import stem, stem_train
 from resnet_triton.kernels.config import ConvConfig
-from resnet_triton.kernels.geometry import out_size
+from resnet_triton.kernels.geometry import ConvShape, cdiv, out_size
 from tests.cases import Guarded, integers
 from tests.comparers import GRADIENT, identical, no_worse_than
 from tests.interpreter.test_stem import cells_of, packed
 
-STATS, WGRAD = ConvConfig("conv_stats", (1, 4, 8), 16, 32, 4, 2), ConvConfig("wgrad", (1, 4, 8), 16, 32, 4, 2)
+PAIRS, WINDOWS = (
+    [ConvConfig("conv_stats", (1, 4, 8), 16, bk), ConvConfig("wgrad", (1, 4, 8), 16, bk, 4, 2, split=2)]
+    for bk in (stem_train.PAIR, stem_train.WINDOW)
+)
 CASES = {
-    "no overhang": (1, 16, 32, 16, torch.float16),
-    "odd everything, filters past the last block": (1, 15, 17, 24, torch.bfloat16),
-    "several boxes, odd columns of output": (2, 18, 30, 16, torch.float16),
-    "one column, so no odd ones": (3, 1, 1, 8, torch.float16),
-    "fp32": (1, 10, 7, 8, torch.float32),
+    "no overhang": (1, 16, 32, 16, torch.float16, PAIRS),
+    "odd everything, filters past the last block": (1, 15, 17, 24, torch.bfloat16, PAIRS),
+    "several boxes, odd columns of output": (2, 18, 30, 16, torch.float16, PAIRS),
+    "one column, so no odd ones": (3, 1, 1, 8, torch.float16, PAIRS),
+    "fp32": (1, 10, 7, 8, torch.float32, PAIRS),
+    "windows": (2, 9, 22, 16, torch.bfloat16, WINDOWS),
+    "one window": (2, 2, 2, 8, torch.float16, WINDOWS),
 }
 
 
@@ -29,20 +36,28 @@ def gradient_of(dc: Tensor, x: Tensor) -> Tensor:
     return torch.nn.grad.conv2d_weight(x, (dc.shape[3], 3, 7, 7), dc.permute(0, 3, 1, 2), 2, 3)
 
 
-def conv_stats(x: Tensor, weight: Tensor, config: ConvConfig = STATS, aligned: bool = True) -> tuple[Tensor, Tensor]:
+def shape_of(x: Tensor, k: int) -> ConvShape:
+    return ConvShape(x.shape[0], x.shape[2], x.shape[3], 3, k, 7, 7, 2, 3)
+
+
+def conv_stats(x: Tensor, weight: Tensor, config: ConvConfig = PAIRS[0], aligned: bool = True) -> tuple[Tensor, Tensor]:
     """The output ``[N,P,Q,K]`` and the parts, from guarded buffers."""
-    n, p, q = x.shape[0], *(out_size(side, 7, 2, 3) for side in x.shape[2:])
+    shape = shape_of(x, len(weight))
     guarded = Guarded()
-    c = guarded.output(n, p, q, len(weight), dtype=x.dtype)
-    parts = guarded.output(stem_train.stem_stats_parts(n, p, q, config), 3, len(weight), dtype=torch.float32)
+    c = guarded.output(shape.n, shape.p, shape.q, shape.k, dtype=x.dtype)
+    parts = guarded.output(stem_train.stem_stats_parts(shape, config), 3, shape.k, dtype=torch.float32)
     xs = guarded.input(cells_of(x, *stem.stem_cells(*x.shape[2:], aligned)))
     stem_train.launch_stem_conv_stats(xs, guarded.input(packed(weight)), c, parts, config, "ieee")
     guarded.verify()
     return c, parts
 
 
-def wgrad(dc: Tensor, x: Tensor, dw: Tensor, config: ConvConfig = WGRAD) -> None:
-    """Runs the kernel on guarded inputs."""
+def wgrad(dc: Tensor, x: Tensor, dw: Tensor, config: ConvConfig = PAIRS[1]) -> None:
+    """Runs the kernels on guarded inputs; no more shares than there are boxes."""
+    tn, th, tw = config.box
+    n, p, q, _ = dc.shape
+    columns = q // min(q, stem_train.WINDOW // config.bk)
+    config = replace(config, split=min(config.split, cdiv(n, tn) * cdiv(p, th) * cdiv(columns, tw)))
     guarded = Guarded()
     xs = guarded.input(cells_of(x, *stem.stem_cells(*x.shape[2:], True)))
     stem_train.launch_stem_wgrad(guarded.input(dc), xs, dw, config, "ieee")
@@ -67,40 +82,50 @@ def check_statistics(parts: Tensor, c: Tensor) -> None:
     no_worse_than(m2.float(), rows.float().var(0, unbiased=False) * len(rows), exact_m2)
 
 
-@pytest.mark.parametrize(("n", "h", "w", "k", "dtype"), CASES.values(), ids=CASES)
-def test_conv_stats_is_exact(n, h, w, k, dtype, counts) -> None:
+@pytest.mark.parametrize(("n", "h", "w", "k", "dtype", "configs"), CASES.values(), ids=CASES)
+def test_conv_stats_is_exact(n, h, w, k, dtype, configs, counts) -> None:
     x, weight = integers(n, 3, h, w, dtype=dtype, low=-1, high=1), integers(k, 3, 7, 7, dtype=dtype, low=-1, high=1)
-    c, parts = conv_stats(x, weight)
-    assert counts == {"stem_conv_stats": 1}
+    c, parts = conv_stats(x, weight, configs[0])
+    assert counts == {"conv_stats": min(c.shape[2], 2) if configs is PAIRS else 1}
     identical(c, F.conv2d(x.double(), weight.double(), stride=2, padding=3).permute(0, 2, 3, 1).to(dtype))
     check_statistics(parts, c)
 
 
-@pytest.mark.parametrize(("n", "h", "w", "k", "dtype"), CASES.values(), ids=CASES)
-def test_wgrad_is_exact(n, h, w, k, dtype, counts) -> None:
+@pytest.mark.parametrize(("n", "h", "w", "k", "dtype", "configs"), CASES.values(), ids=CASES)
+def test_wgrad_is_exact(n, h, w, k, dtype, configs, counts) -> None:
     x = integers(n, 3, h, w, dtype=dtype)
     dc = integers(n, out_size(h, 7, 2, 3), out_size(w, 7, 2, 3), k, dtype=dtype)
     guarded = Guarded()
     dw = guarded.output(k, 3, 7, 7, dtype=torch.float32)
-    wgrad(dc, x, dw)
+    wgrad(dc, x, dw, configs[1])
     guarded.verify()
-    assert counts == {"stem_wgrad": 1, "unpack_stem_wgrad": 1}
+    assert counts["wgrad"] == (min(dc.shape[2], 2) if configs is PAIRS else 1) and counts["unpack_stem_wgrad"] == 1
     identical(dw, gradient_of(dc.double(), x.double()).float())
 
 
-def test_one_program_walks_over_several_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stem_train, "PROGRAMS", 4)
+@pytest.mark.parametrize("configs", [PAIRS, WINDOWS], ids=["pairs", "windows"])
+def test_shares_of_several_boxes_repeat_bitwise(configs) -> None:
     x, weight = integers(2, 3, 13, 33, dtype=torch.float16), integers(8, 3, 7, 7, dtype=torch.float16)
-    c, parts = conv_stats(x, weight)
-    assert len(parts) == 4
+    xs, packed_w = cells_of(x, *stem.stem_cells(13, 33, True)), packed(weight)
+    c, parts, again = torch.empty(2, 7, 17, 8).half(), torch.empty(2, 3, 8), torch.empty(2, 3, 8)
+    stem_train.launch_stem_conv_stats(xs, packed_w, c, parts, configs[0], "ieee")
     check_statistics(parts, c)
+    stem_train.launch_stem_conv_stats(xs, packed_w, c, again, configs[0], "ieee")
+    identical(parts, again)
     first = torch.full((8, 3, 7, 7), float("nan")).contiguous(memory_format=torch.channels_last)
-    again = torch.empty_like(first)
-    wgrad(c, x, first)
+    wgrad(c, x, first, configs[1])
     identical(first, gradient_of(c.double(), x.double()).float())
-    wgrad(c, x, again)
-    identical(first, again)
-    identical(parts, conv_stats(x, weight)[1])
+    second = torch.empty_like(first)
+    wgrad(c, x, second, configs[1])
+    identical(first, second)
+
+
+def test_without_statistics() -> None:
+    x, weight = integers(1, 3, 9, 9, dtype=torch.float16), integers(8, 3, 7, 7, dtype=torch.float16)
+    c = torch.empty(1, 5, 5, 8).half()
+    xs = cells_of(x, *stem.stem_cells(9, 9, True))
+    stem_train.launch_stem_conv_stats(xs, packed(weight), c, None, PAIRS[0], "ieee")
+    identical(c, F.conv2d(x.double(), weight.double(), stride=2, padding=3).permute(0, 2, 3, 1).half())
 
 
 def test_large_mean_and_small_variance() -> None:
@@ -140,24 +165,27 @@ def test_nan_stays_in_its_channels_and_taps() -> None:
 
 def test_empty_batch_launches_nothing(counts) -> None:
     xs, c, dw = torch.empty(0, 7, 8, 16), torch.empty(0, 4, 4, 8), torch.full((8, 3, 7, 7), float("nan"))
-    parts = torch.empty(stem_train.stem_stats_parts(0, 4, 4, STATS), 3, 8)
-    stem_train.launch_stem_conv_stats(xs, torch.zeros(8, 4, 4, 16), c, parts, STATS, "ieee")
-    stem_train.launch_stem_wgrad(c, xs, dw, WGRAD, "ieee")
+    stem_train.launch_stem_conv_stats(xs, torch.zeros(8, 4, 4, 16), c, torch.empty(2, 3, 8), PAIRS[0], "ieee")
+    stem_train.launch_stem_wgrad(c, xs, dw, PAIRS[1], "ieee")
     assert not counts and not dw.any()
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    xs, c = torch.zeros(1, 7, 8, 16), torch.zeros(1, 4, 4, 8)
-    with pytest.raises(ValueError, match="parts must be"):
-        stem_train.launch_stem_conv_stats(xs, torch.zeros(8, 4, 4, 16), c, torch.zeros(9, 3, 8), STATS, "ieee")
-    with pytest.raises(ValueError, match="bk=32"):
+    xs, c, w = torch.zeros(1, 7, 8, 16), torch.zeros(1, 4, 4, 8), torch.zeros(8, 4, 4, 16)
+    with pytest.raises(ValueError, match="multiple of 2"):
+        stem_train.launch_stem_conv_stats(xs, w, c, torch.zeros(9, 3, 8), PAIRS[0], "ieee")
+    with pytest.raises(ValueError, match="bk=32 or bk=64"):
         stem_train.launch_stem_wgrad(c, xs, torch.zeros(8, 3, 7, 7), ConvConfig("wgrad", (1, 4, 8), 16, 16), "ieee")
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_configurations(itemsize: int) -> None:
+    large, small = ConvShape(256, 224, 224, 3, 64, 7, 7, 2, 3), ConvShape(1, 5, 5, 3, 8, 7, 7, 2, 3)
     for configs in (stem_train.stem_stats_configs, stem_train.stem_wgrad_configs):
-        offered = configs(256, 112, 112, 64, itemsize)
-        assert all(112 % c.box[1] == 56 % c.box[2] == 256 % c.box[0] == 0 for c in offered), "the boxes waste pixels"
-        assert all(config.bn == 16 for config in configs(1, 5, 5, 8, itemsize))
-    assert stem_train.stem_stats_parts(256, 112, 112, offered[0]) == stem_train.PROGRAMS
+        for config in configs(large, itemsize):
+            columns = 112 * config.bk // stem_train.WINDOW
+            assert 112 % config.box[1] == columns % config.box[2] == 256 % config.box[0] == 0, "boxes waste pixels"
+        assert all(config.bn == 16 for config in configs(small, itemsize))
+    assert all(config.split == stem_train.SHARES for config in stem_train.stem_wgrad_configs(large, itemsize))
+    assert stem_train.stem_wgrad_config(small, itemsize).split == 1
+    assert stem_train.stem_stats_parts(large, stem_train.stem_stats_config(large, itemsize)) <= 2 * stem_train.SHARES
