@@ -4,9 +4,9 @@
     parts[i,:,k] = count, mean and M2 of the i-th program's pixels of y, rounded as they are stored
     h            = x, or relu(x * scale + shift), which is zero in the padding and never stored
 
-M2 is the sum of squared deviations from the mean. A program walks over several tiles; deviations are taken from the mean
-of its first one, see ``moments.py``, so that a mean far from zero costs no digits. Which program has which tiles depends
-on their number alone: results repeat bitwise.
+M2 is the sum of squared deviations from the mean. A program walks over several tiles; deviations are taken from the
+mean of its first one, see ``moments.py``, so that a mean far from zero costs no digits. Which program has which tiles
+depends on their number alone: results repeat bitwise.
 
 A tile is a box of pixels as in ``conv_fwd.py``, and the product is filters times pixels as there: the pixels of a
 channel, over which statistics run, then lie in one row of the accumulator, four threads wide.
@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import FEW_TILES, ConvConfig, least_waste_box, next_power_of_two
 from .epilogue import relu
-from .geometry import INT32_MAX, ConvShape, cdiv
+from .geometry import ConvShape, cdiv
 from .launch import count, multiprocessors
 from .moments import from_pivot, quotient
 from .prologue import Normalised, affine
@@ -169,14 +169,14 @@ TILES = (
     (128, 64, 4, 2, 2),
     (64, 64, 4, 2, 4),
     (256, 32, 4, 2, 2),
-    (256, 16, 4, 2, 4),
+    (256, 16, 4, 2, 3),
 )
 #: The same for a 1x1: its many short tiles hide each other's epilogue.
 TILES_1X1 = (
     (128, 128, 4, 2, 2),
     (256, 128, 8, 2, 1),
     (128, 64, 4, 2, 3),
-    (64, 64, 4, 3, 4),
+    (64, 64, 4, 3, 3),
     (128, 32, 4, 3, 4),
     (128, 16, 4, 3, 4),
 )

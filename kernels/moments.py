@@ -3,7 +3,7 @@
     parts[i,:,k] = count, mean and M2 of the i-th program's rows of c[:, k]
 
 M2 is the sum of squared deviations from the mean. Deviations are first taken from a pivot, the mean of the program's
-first rows; then a mean far from zero costs no digits. Nor does a pivot far from the mean: the rows that it is the mean of
+first rows; then a mean far from zero costs no digits. Nor does a pivot far from the mean: the rows that it comes from
 make the variance as large as its distance. Each thread adds on its own, and they meet once, at the end.
 """
 

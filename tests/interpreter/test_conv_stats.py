@@ -1,4 +1,4 @@
-"""The training convolution: outputs and statistics bit by bit, prologue and padding, tiles that overhang, large means."""
+"""The training convolution: outputs and statistics bit by bit, prologue, padding, overhanging tiles, large means."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def run(inputs: Inputs, config: ConvConfig, parts: int | None, precision: str = 
     launch.COUNTS.clear()
     x, w = guarded.input(inputs.x), guarded.input(inputs.w)
     launch_conv_stats(x, w, y, statistics, s, prologue, config, precision)
-    assert {"conv_stats": 1} == launch.COUNTS
+    assert launch.COUNTS == {"conv_stats": 1}
     guarded.verify()
     return y, statistics
 
