@@ -63,17 +63,14 @@ def pixels(x, n0, p0, q0, c0, BM: tl.constexpr, FLAT: tl.constexpr):
 
 
 @triton.jit
-def normalised_pixels(
-    c2, scale, shift, n0, p0, q0, c0, C: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, FLAT: tl.constexpr
-):  # fmt: skip
-    """A chunk of :func:`pixels` behind BN and ReLU, or as it is where ``scale`` is None."""
-    a = pixels(c2, n0, p0, q0, c0, BM, FLAT)
+def normalised(c2, scale, shift, c0, C: tl.constexpr):
+    """Channels from ``c0`` on of raw pixels behind BN and ReLU, or as they are where ``scale`` is None."""
     if scale is not None:
-        c = c0 + tl.arange(0, BK)
+        c = c0 + tl.arange(0, c2.shape[1])
         s = tl.load(scale + c, mask=c < C, other=0.0)
         t = tl.load(shift + c, mask=c < C, other=0.0)
-        a = bn_relu(a, s[None, :], t[None, :])
-    return a
+        c2 = bn_relu(c2, s[None, :], t[None, :])
+    return c2
 
 
 @triton.jit
@@ -123,7 +120,7 @@ def expand(
     n0, p0, q0 = box_origin(tl.program_id(0) // GROUPS, P, Q, TN, TH, TW)
     first = tl.program_id(0) % GROUPS * COLUMNS * BN
     if C <= BK:
-        a = normalised_pixels(c2, scale, shift, n0, p0, q0, 0, C, BM, BK, FLAT)
+        a = normalised(pixels(c2, n0, p0, q0, 0, BM, FLAT), scale, shift, 0, C)
     if PROJECT and CX <= BX:
         x = pixels(shortcut, n0, p0, q0, 0, BM, FLAT)
     for k0 in range(first, tl.minimum(first + COLUMNS * BN, K), BN):
@@ -132,7 +129,7 @@ def expand(
         else:
             acc = tl.zeros((BM, BN), tl.float32)
             for c0 in range(0, C, BK):
-                chunk = normalised_pixels(c2, scale, shift, n0, p0, q0, c0, C, BM, BK, FLAT)
+                chunk = normalised(pixels(c2, n0, p0, q0, c0, BM, FLAT), scale, shift, c0, C)
                 acc = tl.dot(chunk, w3.load([k0, c0]).T, acc, input_precision=PRECISION)
         projected = acc
         if PROJECT:

@@ -133,11 +133,18 @@ def test_exact_stride_2(odd: int, box: tuple[int, int, int]) -> None:
 
 def test_number_of_parts() -> None:
     """Four multiprocessors stand in for a device: eight programs, over all blocks of columns."""
-    cpu = torch.device("cpu")
-    assert gram_dgrad_parts(32 * 8, 32, TILE, cpu) == 8
-    assert gram_dgrad_parts(32 * 8, 64, TILE, cpu) == 4
-    assert gram_dgrad_parts(32 * 9, 32, TILE, cpu) == 5, "as few as finish at the same time"
-    assert gram_dgrad_parts(5, 512, TILE, cpu) == 1
+    cpu, tile = torch.device("cpu"), replace(TILE, bk=64)
+    assert gram_dgrad_parts(32 * 8, 32, tile, cpu) == 8
+    assert gram_dgrad_parts(32 * 8, 64, tile, cpu) == 4
+    assert gram_dgrad_parts(32 * 9, 32, tile, cpu) == 5, "as few as finish at the same time"
+    assert gram_dgrad_parts(32 * 9, 72, tile, cpu) == 9, "channels in chunks: one tile a program"
+    assert gram_dgrad_parts(5, 512, tile, cpu) == 1
+
+
+@pytest.mark.parametrize("c", [24, 104])
+def test_exact_in_halves_and_with_eight_warps(c: int) -> None:
+    check_exact(inputs(1, 7, 10, c, 40, dtype=torch.bfloat16), replace(TILE, bn=128, bk=128, warps=8))
+    check_exact(inputs(1, 7, 10, c, 40), replace(TILE, bn=128, bk=64, warps=8), 3)
 
 
 def test_nan_propagates_where_the_mask_lets_it() -> None:
