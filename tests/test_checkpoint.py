@@ -188,9 +188,9 @@ def damaged(folder: Path) -> str:
     return str(raised.value)
 
 
-def change(path: Path, position: int, byte: bytes) -> None:
+def change(path: Path, position: int, byte: int) -> None:
     content = bytearray(path.read_bytes())
-    content[position : position + 1] = byte
+    content[position] = byte
     path.write_bytes(content)
 
 
@@ -218,7 +218,7 @@ def test_damage_is_named_with_a_way_out(earlier, tmp_path):
         path.write_bytes(path.read_bytes()[:-7])
         check(path, f"it has {size - 7} bytes, {size} were written")
         path = fresh() / file
-        change(path, -1, b"\x7f")
+        change(path, -1, 0x7F)
         check(path, "SHA-256")
         path = fresh() / file
         path.unlink()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..images import MEAN, STD
-from .interrupt import ignore
+from .interrupt import leave_group
 
 SPLIT_SEED = 2015
 SHARE = 0.8  # of each class of the digits, to train on
@@ -334,6 +334,6 @@ def loader(split: Split, requests: list[Request], workers: int, pin: bool) -> Da
         sampler=requests,
         num_workers=min(workers, len(requests)),
         pin_memory=pin,
-        worker_init_fn=ignore,
+        worker_init_fn=leave_group,
         generator=torch.Generator(),  # else each epoch would draw from the model's
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -30,7 +31,11 @@ class Stop:
         self.requested = True
 
 
-def ignore(worker: int) -> None:
-    """For worker processes: signals that reach the whole group are for the main process to answer."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(worker: int) -> None:
+    """For the processes of a loader: Ctrl-C, and what ``torchrun`` sends to a group, are for the main one to answer.
+
+    SIGTERM keeps its meaning: it is how the main process ends them.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
