@@ -247,4 +247,18 @@ def expand_configs(shape: ConvShape, itemsize: int, project: ConvShape | None = 
         box = (1, 1, bm) if flat else least_waste_box(shape, bm)
         return ConvConfig("expand", box, min(bn, max(16, next_power_of_two(shape.k))), bk, warps, stages)
 
-    return [config(128, 64, 128 // itemsize, 8, 3)]
+    if itemsize == 4:
+        return [config(128, 64, 32, 8, 2)]
+    chunks = [config(128, 128, 64, 8, 3), config(128, 64, 64, 4, 3)]
+    if project is None:
+        if shape.c <= 64:
+            return [config(128, 64, 64, 4, 3), config(128, 64, 64, 8, 3), config(128, 128, 64, 8, 2)]
+        if shape.c <= 128:
+            return [config(128, 64, 128, 8, 3), config(128, 64, 128, 4, 2), *chunks]
+        wide = config(128, 256, 64, 8, 3)
+        return [config(128, 64, 256, 8, 3), wide, *chunks] if shape.c <= 256 else [wide, *chunks]
+    if max(shape.c, project.c) <= 64:
+        return [config(64, 64, 64, 4, 3), config(128, 64, 64, 8, 3)]
+    if shape.c <= 128 and project.c <= 256:
+        return [config(128, 64, 256, 8, 2), *chunks]
+    return chunks

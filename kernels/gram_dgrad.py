@@ -283,4 +283,4 @@ def gram_dgrad_configs(shape: ConvShape, itemsize: int) -> list[ConvConfig]:
     if bn < 128:
         return [narrow, config(128, bn, 128, 8, 2), config(64, bn, 64, 4, 3)]
     wide = [config(128, 128, 64, 4, 3), config(128, 128, 64, 8, 3), narrow]
-    return [config(128, 128, 128, 8, 2), *wide] if shape.c == 128 else wide
+    return [config(128, 128, 128, 8, 2), *wide] if shape.c <= 128 else wide
