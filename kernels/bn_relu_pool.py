@@ -9,14 +9,14 @@ scale is negative. Two values of a window are normalised instead of nine.
 
 Backward: no index is stored; the choice of each window is computed again. A pixel's value and place are one integer, so
 that one maximum finds both: the bits of a positive float are ordered like integers, and the low bits, which are zero
-behind the rounding to 16 bits, hold the place (fp32 takes 64-bit integers). PyTorch takes the first of equal pixels, but
-the last NaN: a NaN carries its place inverted. Windows whose maximum is not above 0 send no gradient through the ReLU, so
-the order of negative values does not matter.
+behind the rounding to 16 bits, hold the place (fp32 takes 64-bit integers). PyTorch takes the first of equal pixels,
+but the last NaN: a NaN carries its place inverted. Windows whose maximum is not above 0 send no gradient through the
+ReLU, so the order of negative values does not matter, and a pixel outside the image may count as 0.
 
-    row 2i-1   top      A program walks down the rows of an image with tiles of four columns. Step i loads the rows 2i and
-    row 2i     middle   2i+1, completes the windows of row i, and with them the rows 2i-1 (in the windows i-1 and i) and 2i.
-    row 2i+1   bottom   The last bottom row lies below the image and separates it from the next, so that a program's share
-                        is any range of steps. It starts two steps earlier, to have the window row in front of its own.
+    row 2i-1   top      A program walks down the rows of an image with tiles of four columns. Step i loads the rows 2i
+    row 2i     middle   and 2i+1, completes the windows of row i, and with them the rows 2i-1 (in the windows i-1 and i)
+    row 2i+1   bottom   and 2i. The last bottom row lies below the image and separates it from the next, so that the
+                        share of a program is any range of steps. It starts two steps early, for the windows in front.
 """
 
 import torch
@@ -293,7 +293,8 @@ def launch_bn_relu_pool_backward(
         c: ``[N,H,W,C]`` dense, as in the forward.
         scale, shift: dense fp32 ``[C]``, as in the forward.
         dz: ``[N,H,W,C]`` dense; zero where the ReLU is.
-        parts: dense fp32 ``[bn_relu_pool_parts(N, H, W), 2, C]``, all written: sums of the rounded ``dz`` and of ``dz * c``.
+        parts: dense fp32 ``[bn_relu_pool_parts(N, H, W), 2, C]``, all written: sums of the rounded ``dz``, and of
+            ``dz * c``.
 
     Raises:
         ValueError: ``parts`` has another shape.

@@ -7,10 +7,10 @@
 On cells both are plain convolutions of stride 1, which ``conv_stats`` and ``wgrad`` compute. They have two views of the
 cells to choose from, by the channels ``config.bk`` that they reduce at a time:
 
-    PAIR    two cells are a pixel of 32 channels, and the filter is 4x2. Pairs start at even cells for the even columns of
-            the output, and at odd cells for the odd ones: two launches, as in ``stem.launch_stem_conv``.
-    WINDOW  the four cells of a window's row are a pixel of 64 channels, and the filter is 4x1: one launch, which reads the
-            cells once. The windows of a tensor map then overlap, see ``stem_pool``; not every driver may take that.
+    PAIR    two cells are a pixel of 32 channels, and the filter is 4x2. Pairs start at even cells for the even columns
+            of the output, and at odd cells for the odd ones: two launches, as in ``stem.launch_stem_conv``.
+    WINDOW  the four cells of a window's row are a pixel of 64 channels, and the filter is 4x1: one launch, which reads
+            the cells once. The windows of a tensor map then overlap, see ``stem_pool``: a driver may refuse that.
 
 An image needs no gradient; where one is asked for, the convolution is the library's.
 """
@@ -88,11 +88,11 @@ def _views(
 
 
 def _tiled(kernel: str, shape: ConvShape, tiles: list[tuple[int, int, int, int]]) -> list[ConvConfig]:
-    """Configurations of ``(pixels, bk, warps, stages)`` for the 7x7/2 convolution."""
+    """Configurations of ``(pixels, bk, warps, persistent)`` for the 7x7/2 convolution."""
     bn = min(64, max(16, next_power_of_two(shape.k)))
     configs = []
-    for bm, bk, warps, stages in tiles:
-        config = ConvConfig(kernel, (1, 1, bm), bn, bk, warps, stages)
+    for bm, bk, warps, resident in tiles:
+        config = ConvConfig(kernel, (1, 1, bm), bn, bk, warps, 2, persistent=resident)
         columns = cdiv(shape.q, _phases(shape.q, config))
         configs.append(replace(config, box=least_waste_box(_on_cells(shape.n, shape.p, columns, shape.k, config), bm)))
     return configs
@@ -106,8 +106,8 @@ def stem_stats_configs(shape: ConvShape, itemsize: int) -> list[ConvConfig]:
         itemsize: bytes of an element.
     """
     if itemsize == 4:
-        return _tiled("conv_stats", shape, [(64, PAIR, 4, 2)])
-    return _tiled("conv_stats", shape, [(256, PAIR, 4, 2), (128, PAIR, 4, 3), (256, WINDOW, 4, 2), (128, WINDOW, 4, 2)])
+        return _tiled("conv_stats", shape, [(64, PAIR, 8, 1)])
+    return _tiled("conv_stats", shape, [(256, PAIR, 4, 2), (128, PAIR, 4, 4), (256, WINDOW, 4, 1), (128, WINDOW, 4, 3)])
 
 
 def stem_stats_config(shape: ConvShape, itemsize: int) -> ConvConfig:
@@ -116,9 +116,9 @@ def stem_stats_config(shape: ConvShape, itemsize: int) -> ConvConfig:
 
 
 def stem_wgrad_configs(shape: ConvShape, itemsize: int) -> list[ConvConfig]:
-    """Configurations for :func:`launch_stem_wgrad`, the heuristic's first; arguments as in :func:`stem_stats_configs`."""
+    """Configurations for :func:`launch_stem_wgrad`, the heuristic's first; the arguments of ``stem_stats_configs``."""
     configs = []
-    tiles = [(64, PAIR, 8, 2)] if itemsize == 4 else [(64, PAIR, 4, 2), (128, PAIR, 4, 2), (64, WINDOW, 4, 2)]
+    tiles = [(32, PAIR, 8, 0)] if itemsize == 4 else [(64, PAIR, 4, 0), (128, PAIR, 4, 0), (64, WINDOW, 4, 0)]
     for config in _tiled("wgrad", shape, tiles):
         tn, th, tw = config.box
         columns = shape.q // _phases(shape.q, config)  # the fewer of the two phases
@@ -133,7 +133,7 @@ def stem_wgrad_config(shape: ConvShape, itemsize: int) -> ConvConfig:
 
 
 def stem_stats_parts(shape: ConvShape, config: ConvConfig) -> int:
-    """Rows of the statistics that :func:`launch_stem_conv_stats` writes for a 7x7/2 convolution, on any GPU the same."""
+    """Rows of the statistics of a 7x7/2 convolution for :func:`launch_stem_conv_stats`, on any GPU the same."""
     phases = _phases(shape.q, config)
     return phases * conv_stats_parts(_on_cells(shape.n, shape.p, cdiv(shape.q, phases), shape.k, config), config)
 
