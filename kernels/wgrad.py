@@ -66,16 +66,18 @@ def gradient_box(
 def wgrad(
     x, dy, other, g1, g2, g3, scale, shift, parts, sums, N, H, W, P, Q, C, K, BOXES, ACROSS, PART,
     R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
-    RT: tl.constexpr, ST: tl.constexpr, CENTRE: tl.constexpr, SHIFTED: tl.constexpr, FLAT: tl.constexpr,
-    KIND: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
+    RT: tl.constexpr, ST: tl.constexpr, CENTRE: tl.constexpr, CENTRE_ROW: tl.constexpr, SHIFTED: tl.constexpr,
+    FLAT: tl.constexpr, KIND: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, ROW_PADDING: tl.constexpr, COLUMN_PADDING: tl.constexpr,
+    SKIP: tl.constexpr,
 ):  # fmt: skip
     """One share of the pixels for BN output channels, BC input channels and RT x ST taps.
 
     ``x, dy, other`` are tensor descriptors: of rank 2 where ``FLAT``, and of rank 5 for a strided x. With ``SHIFTED``
     the boxes tile the columns of x, else those of dy; ``ACROSS`` is their number. ``sums`` comes from the taps of
-    filter column ``CENTRE``, whose boxes of dy cover each pixel once.
+    filter column ``CENTRE``, whose boxes of dy cover each pixel once. With ``SKIP``, in rows of padding the gradient is
+    zeroed and not x, and the sums come from filter row ``CENTRE_ROW``, which meets none.
     """
     BM: tl.constexpr = TN * TH * TW
     column_blocks = tl.cdiv(K, BN)
@@ -114,6 +116,10 @@ def wgrad(
         n0, p0, q0 = box_origin(first, P, ACROSS, TN, TH, TW)
     for _ in range(first, end):
         # All operands before the first product: a wait between two products would make each of them wait.
+        d_n0 = n0
+        if SKIP:  # a row of padding meets a gradient of zeros: of an image that does not exist
+            h_row = p0 + r0 * DIL - PAD
+            d_n0 = tl.where((h_row >= 0) & (h_row < H), n0, N)
         ds = ()
         for s in tl.static_range(ST if SHIFTED else 1):
             d_q0 = q0
@@ -123,8 +129,8 @@ def wgrad(
                 inside = q0 + pixel < Q
             else:
                 d_column = d_q0 + column
-                inside = (image < N - n0) & (row < P - p0) & (d_column >= 0) & (d_column < Q)
-            d = gradient_box(dy, other, v1, v2, v3, inside[:, None], n0, p0, d_q0, k0, BM, BN, FLAT, KIND)
+                inside = (image < N - d_n0) & (row < P - p0) & (d_column >= 0) & (d_column < Q)
+            d = gradient_box(dy, other, v1, v2, v3, inside[:, None], d_n0, p0, d_q0, k0, BM, BN, FLAT, KIND)
             if sums is not None:
                 if s == (CENTRE if SHIFTED and ST == S else 0):
                     total += tl.sum(d.to(tl.float32).reshape(BM // ROWS, ROWS, BN), 0)
@@ -143,7 +149,7 @@ def wgrad(
                         h = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0]).reshape(BM, BC)
                     if scale is not None:
                         bias = x_shift
-                        if ROW_PADDING or COLUMN_PADDING:
+                        if (ROW_PADDING or COLUMN_PADDING) and not SKIP:
                             # The TMA reads zeros in the padding, and BN and ReLU of zero without a shift are zero.
                             h_row = p0 * STRIDE + dh
                             padding = (h_row < 0) | (h_row >= H)
@@ -182,7 +188,7 @@ def wgrad(
         for s in tl.static_range(ST):
             tl.store(out + ((r0 + r) * S + s0 + s) * C, accs[r * ST + s], mask=stored)
     if sums is not None:
-        if (c0 == 0) & (r0 == 0) & (s0 == (0 if ST == S else CENTRE)):
+        if (c0 == 0) & (r0 == (0 if RT == R else CENTRE_ROW)) & (s0 == (0 if ST == S else CENTRE)):
             tl.store(sums + part.to(tl.int64) * PART + k, tl.sum(total, 0), mask=k < K)
 
 
@@ -221,11 +227,13 @@ def wgrad_configs(
     if itemsize == 4:  # no transposed operands in shared memory: the tensor cores of the generation before
         tiles = [(64, 64, 8, 2), (64, 32, 4, 2)]
     elif shape.r * shape.s == 1:
-        tiles = [(256, 64, 8, 3), (64, 256, 8, 3), (128, 128, 8, 3), (128, 256, 8, 2), (128, 128, 4, 2), (64, 64, 4, 3)]
+        tiles = [(128, 256, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2)]
+        if min(k, c) <= 64:
+            tiles = [(256, 64, 8, 3), (64, 256, 8, 3), (64, 64, 4, 3)]
     elif shifts_gradient(shape) is None:  # an input box for each tap
         tiles = [(128, 64, 8, 2), (64, 64, 4, 2)] if normalised else [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
     else:
-        tiles = [(128, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 3)]
+        tiles = [(128, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)]
     return _tiled(tiles, shape, k, c, 32 if itemsize == 4 else 64, multiprocessors)
 
 
@@ -240,8 +248,8 @@ def _tiled(
     tiles: list[tuple[int, int, int, int]], shape: ConvShape, k: int, c: int, bm: int, multiprocessors: int
 ) -> list[ConvConfig]:
     """Those of ``(bn, bk, warps, stages)`` that fit the channels, clipped to them, with box and shares."""
-    left_is_x = shifts_gradient(shape) is not None
-    least = (16, 64) if left_is_x else (64, 16)  # wgmma has 64 rows
+    shifted = shifts_gradient(shape) is not None
+    least = (16, 64) if shifted else (64, 16)  # wgmma has 64 rows, those of the left operand
     clipped = []
     for bn, bk, warps, stages in tiles:
         tile = (min(bn, max(k, least[0])), min(bk, max(c, least[1])), warps, stages)
@@ -249,7 +257,9 @@ def _tiled(
             clipped.append(tile)
     configs = []
     for bn, bk, warps, stages in dict.fromkeys(clipped or [tile]):
-        box = _box(shape, bm)
+        # one filter row of a small tile: twice the pixels, or what a step costs besides products weighs too much
+        small = shape.r > 1 and shifted and warps == 4
+        box = _box(shape, 2 * bm if small else bm)
         config = ConvConfig("wgrad", box, bn, bk, warps, stages)
         rt, st = tap_group(shape, config)
         blocks = cdiv(shape.k, bn) * cdiv(shape.c, bk) * (shape.r // rt) * (shape.s // st)
@@ -410,14 +420,17 @@ def _launch(
     # a pixel of x outside the image counts where it meets one of dy inside
     rows_outside = shape.padding > 0
     columns_outside = shape.w % tw > 0 and not flat if shifted else shape.padding > 0
+    one_row = th == rt == 1 and shape.p <= shape.h and (centre or 0) < shape.r
+    skip = shifted and one_row and x_prologue is not None and rows_outside and not columns_outside
     count("wgrad")
     wgrad[(blocks * split,)](
         x_box, described(dy, bn), described(other, bn), *g, scale, shift, parts, sum_out,
         shape.n, shape.h, shape.w, shape.p, shape.m if flat else shape.q, shape.c, shape.k, boxes, across, length,
         R=shape.r, S=shape.s, STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation,
-        RT=rt, ST=st, CENTRE=centre or 0, SHIFTED=shifted, FLAT=flat, KIND=kind, SAME=same, PRECISION=precision,
+        RT=rt, ST=st, CENTRE=centre or 0, CENTRE_ROW=centre if skip else 0, SHIFTED=shifted,
+        FLAT=flat, KIND=kind, SAME=same, PRECISION=precision,
         TN=tn, TH=th, TW=tw, BC=bk, BN=bn, SPLIT=split, ROWS=rows,
-        ROW_PADDING=rows_outside, COLUMN_PADDING=columns_outside,
+        ROW_PADDING=rows_outside, COLUMN_PADDING=columns_outside, SKIP=skip,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if split > 1:
