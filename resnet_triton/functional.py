@@ -87,7 +87,7 @@ def conv_bn_act(
     _check_constant(mean, var)
     tensors = (x, weight, bias, gamma, beta, mean, var, residual)
     function = autograd.ConvBNAct.apply if _differentiating(tensors) else ops.conv_bn_act.default
-    return function(*_distinct(tensors), eps, relu, stride, padding, dilation)
+    return function(*distinct(tensors), eps, relu, stride, padding, dilation)
 
 
 def block_tail(
@@ -120,7 +120,7 @@ def block_tail(
     """
     t, shortcut, groups, eps, geometry = _operands(t, shortcut, (conv2, conv3, downsample, next))
     if _differentiating((t, shortcut, *chain(*groups))):  # the backward needs all of y
-        first, second, *rest = _distinct((t, shortcut, *chain(*groups)))
+        first, second, *rest = distinct((t, shortcut, *chain(*groups)))
         y, *after = autograd.BlockTail.apply(first, second, [len(g) for g in groups], eps, geometry, *rest)
         y = y[:, :, ::subsample, ::subsample] if subsample > 1 else y
         y = y.mean((2, 3), keepdim=True) if pool else y
@@ -133,7 +133,7 @@ def bottleneck(x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, *, downsa
     """A whole bottleneck block, ``[N, C, H, W] -> [N, K, P, Q]``; the backward keeps only its input and output."""
     x, _, groups, eps, geometry = _operands(x, x, (conv1, conv2, conv3, downsample))
     if _differentiating((x, *chain(*groups))):
-        first, *rest = _distinct((x, *chain(*groups)))
+        first, *rest = distinct((x, *chain(*groups)))
         return autograd.Bottleneck.apply(first, [len(g) for g in groups], eps, geometry, *rest)
     return ops.bottleneck.default(x, *groups, [], eps, geometry)[0]
 
@@ -240,14 +240,14 @@ def fold_bn(
 
 def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """``relu(x + y)`` of two tensors of equal shape and dtype in one pass."""
-    return (autograd.AddReLU.apply if _differentiating((x, y)) else ops.add_relu.default)(*_distinct((x, y)))
+    return (autograd.AddReLU.apply if _differentiating((x, y)) else ops.add_relu.default)(*distinct((x, y)))
 
 
 def _differentiating(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _distinct(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def distinct(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """While compiling, a tensor that is passed twice as two: Dynamo drops one gradient otherwise (pytorch#181146)."""
     if not torch.compiler.is_compiling():
         return tensors

@@ -256,7 +256,26 @@ def structural_reason(block: Converted, spec: BlockSpec) -> str | None:
     activation = getattr(block, spec.activation)
     if type(activation) is not nn.ReLU:
         return f"{spec.activation} is {type(activation).__name__}; fused blocks apply nn.ReLU"
-    return why_not_shortcut(getattr(block, spec.shortcut), spec.shortcut)
+    return why_not_shortcut(getattr(block, spec.shortcut), spec.shortcut) or _why_not_together(block, spec)
+
+
+def _why_not_together(block: Converted, spec: BlockSpec) -> str | None:
+    """Why BN of a block that can each run fused cannot in one operator, or None."""
+    norms = [u.read(block)[1] for u in spec.units]
+    parts = projection(getattr(block, spec.shortcut))
+    if parts is not None:
+        norms.append(parts.norm)
+    first = None
+    for norm in norms:
+        if not uses_batch_statistics(norm):
+            continue
+        if first is None:
+            first = norm
+        elif type(norm) is not type(first) or getattr(norm, "process_group", None) is not getattr(
+            first, "process_group", None
+        ):
+            return "its BN share their batch statistics with different process groups"
+    return None
 
 
 def transient_reason(block: Converted, spec: BlockSpec) -> str | None:
@@ -265,7 +284,9 @@ def transient_reason(block: Converted, spec: BlockSpec) -> str | None:
         return "its forward was replaced on the instance"
     modules = [getattr(block, spec.activation)]
     for u in spec.units:
-        modules += u.read(block)
+        parts = u.read(block)
+        check_not_sharded(parts[1], u.norm, block)
+        modules += parts
     for name in spec.owners:
         owner = child(block, name)
         if type(owner) is not nn.Sequential and not _is_hugging_face(owner, LAYERS):
@@ -273,8 +294,22 @@ def transient_reason(block: Converted, spec: BlockSpec) -> str | None:
         modules.append(owner)
     shortcut = getattr(block, spec.shortcut)
     if shortcut is not None:
-        modules.extend(shortcut.modules())
+        for name, m in shortcut.named_modules():
+            check_not_sharded(m, f"{spec.shortcut}.{name}", block)
+            modules.append(m)
     return why_not_now(modules)
+
+
+def check_not_sharded(norm: Converted, name: str, block: Converted) -> None:
+    """Raises NotImplementedError where FSDP2 shards a BN of a block by itself: then nothing could be fused silently."""
+    if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and is_hooked(norm):
+        for cls in type(norm).__mro__:
+            if cls.__name__ == "FSDPModule" and cls.__module__.startswith("torch.distributed."):
+                kind = block._resnet_triton.base.__name__
+                raise NotImplementedError(
+                    f"{name} of a {kind} is sharded by itself, so that its parameters are not there when the block "
+                    f"runs fused; shard the block instead (fully_shard(block)), or call unconvert on this block"
+                )
 
 
 def why_not_block(block: Converted) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..functional import ConvBN, autocast_dtype
+from ..functional import ConvBN, autocast_dtype, distinct
 from ..structure import uses_batch_statistics
 from . import block as blocks
 from . import functions, sync
@@ -51,6 +51,7 @@ def run_block(
         geometry += (u.stride, u.padding, u.dilation)
     group = _group(norms)
     gram = _gram(x, units, norms, project, relu and shortcut is not None, group)
+    tensors = distinct(tensors)
     flags = [relu, own, gram, masked_grad, mask_input]
     if functions.differentiating((x, other, *tensors)):
         y, *saved = functions.TrainBlock.apply(x, other, eps, geometry, project, flags, group, *tensors)
@@ -64,7 +65,7 @@ def run_block(
         stats.append(saved[first + main + (not gram)])
     sizes = [_pixels(saved[i]) for i in range(first)]
     sizes += [_pixels(y)] * (n - first)
-    update_running(norms, stats, sizes)
+    update_running(norms, stats, sizes, [u.bias for u in units])
     return y
 
 
@@ -81,7 +82,7 @@ def run_stem(x: Tensor, u: ConvBN, norm: Norm) -> Tensor:
         y, raw, stats = functions.TrainStem.apply(x, *tensors, u.eps, group)
     else:
         y, raw, stats = functions.ops.train_stem(x, *tensors, u.eps, group)
-    update_running((norm,), (stats,), (_pixels(raw),))
+    update_running((norm,), (stats,), (_pixels(raw),), (u.bias,))
     return y
 
 
@@ -97,12 +98,20 @@ def _tensors(u: ConvBN, norm: Norm, x: Tensor) -> list[Tensor | None]:
             f"x has dtype {x.dtype}, weight has {u.weight.dtype}; both must be the same floating type: "
             f"convert one with .to(), or run under torch.autocast"
         )
+    beta = u.beta
     if uses_batch_statistics(norm):
-        return [u.weight, u.gamma, u.beta, None, None]
+        if u.bias is not None:  # BN takes it away again; its gradient is zero
+            zero = u.bias * 0
+            beta = zero if beta is None else beta + zero
+        return [u.weight, u.gamma, beta, None, None]
     if u.mean is None or u.var is None:  # no BN: the convolution's bias is all there is
         zero = x.new_zeros(u.weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
         return [u.weight, None, u.bias, zero, torch.ones_like(zero)]
-    return [u.weight, u.gamma, u.beta, u.mean, u.var]
+    if u.bias is not None:
+        shift = u.bias * torch.rsqrt(u.var.to(torch.promote_types(u.var.dtype, torch.float32)) + u.eps)
+        shift = shift if u.gamma is None else shift * u.gamma
+        beta = shift if beta is None else beta + shift
+    return [u.weight, u.gamma, beta, u.mean, u.var]
 
 
 def _group(norms: Sequence[Norm]) -> str:
@@ -145,7 +154,9 @@ def has_kernels(x: Tensor) -> bool:
 # Running statistics
 
 
-def update_running(norms: Sequence[Norm], stats: Sequence[Tensor], pixels: Sequence[int]) -> None:
+def update_running(
+    norms: Sequence[Norm], stats: Sequence[Tensor], pixels: Sequence[int], biases: Sequence[Tensor | None]
+) -> None:
     """Moves running means and variances towards the batch's, as PyTorch does: unbiased variance, momentum or average.
 
     Not while a backward computes a checkpointed forward again.
@@ -154,18 +165,21 @@ def update_running(norms: Sequence[Norm], stats: Sequence[Tensor], pixels: Seque
         norms: BN modules; those without running statistics or in eval mode are left alone.
         stats: of each, rows mean and variance first; a sixth row is the count.
         pixels: over which each was computed.
+        biases: of the convolutions, which the means that were computed do not have.
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return
     running: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
     counters: list[Tensor] = []
     with torch.no_grad():
-        for norm, its, count in zip(norms, stats, pixels, strict=True):
-            if not uses_batch_statistics(norm) or not norm.training or norm.running_mean is None:
+        for norm, its, count, bias in zip(norms, stats, pixels, biases, strict=True):
+            if not _tracks(norm):
                 continue
             n: Any = its[5] if its.shape[0] == 6 else count
-            var = its[1] * (n / (n - 1))
-            new = [its[0].to(norm.running_mean.dtype), var.to(norm.running_var.dtype)]
+            mean, var = its[0], its[1] * (n / (n - 1))
+            if bias is not None:
+                mean = mean + bias
+            new = [mean.to(norm.running_mean.dtype), var.to(norm.running_var.dtype)]
             if norm.momentum is None:
                 if norm.num_batches_tracked is not None:
                     norm.num_batches_tracked.add_(1)
@@ -182,3 +196,10 @@ def update_running(norms: Sequence[Norm], stats: Sequence[Tensor], pixels: Seque
             torch._foreach_add_(counters, 1)
         for momentum, (old, to) in running.items():
             torch._foreach_lerp_(old, to, momentum)
+
+
+def _tracks(norm: Norm) -> bool:
+    """Whether a forward changes a BN's running statistics."""
+    if not uses_batch_statistics(norm) or not norm.training or norm.running_mean is None:
+        return False
+    return norm.track_running_stats

@@ -6,11 +6,13 @@ tensors there are: that follows from :class:`.block.Form`, which is part of the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..functional import autocast_dtype
 from ..ops import FAKES, IMPLEMENTATIONS, library
 from ..steps import channels_last, check_sizes, conv_out_shape, new_channels_last
 from . import block, stem
@@ -82,7 +84,7 @@ def _check(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: U
         raise ValueError(f"shortcut is {shortcut.dtype} on {shortcut.device}, x is {x.dtype} on {x.device}")
     count = x.shape[0] * shapes[len(units) - 1][2] * shapes[len(units) - 1][3]
     if isinstance(count, int) and count <= 1 and form.group == "" and any(u.by_batch for u in units):
-        raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
     return shapes
 
 
@@ -99,6 +101,20 @@ def _check_unit(name: str, size: tuple, u: Unit, x: Tensor) -> tuple:
     return conv_out_shape(size, u.weight.shape, *u.geometry)
 
 
+def _uncast(f: Callable) -> Callable:
+    """An implementation in which autocast is off: products of vectors and moments stay in their wide dtype."""
+
+    @functools.wraps(f)
+    def run(x: Tensor, *arguments):
+        if autocast_dtype(x) is None:
+            return f(x, *arguments)
+        with torch.autocast(x.device.type, enabled=False):
+            return f(x, *arguments)
+
+    return run
+
+
+@_uncast
 def train_block(x, shortcut, tensors, eps, geometry, project, flags, group):
     """Implementation of ``torch.ops.resnet_triton.train_block``: output and what the backward needs."""
     units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
@@ -133,6 +149,7 @@ def _needs(flat: Sequence[bool]) -> Needs:
     return Needs(flat[0], flat[1], tuple(tuple(flat[i : i + 3]) for i in range(2, len(flat), 3)))  # type: ignore[misc]
 
 
+@_uncast
 def train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry, project, flags, group, needs):
     """Implementation of ``torch.ops.resnet_triton.train_block_backward``; what is not needed is an empty tensor."""
     units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
@@ -157,8 +174,10 @@ def _as_parameter(grad: Tensor | None, parameter: Tensor | None, x: Tensor) -> T
     """A gradient with its parameter's dtype and strides, as DDP's buckets expect; empty where there is none."""
     if grad is None or parameter is None:
         return x.new_empty(0)
-    if grad.dtype == parameter.dtype and grad.stride() == parameter.stride():
-        return grad
+    if grad.dtype == parameter.dtype:
+        strides = zip(grad.shape, grad.stride(), parameter.stride(), strict=True)
+        if all(ours == theirs for size, ours, theirs in strides if size > 1):
+            return grad.as_strided(parameter.shape, parameter.stride())
     return torch.empty_strided(grad.shape, parameter.stride(), dtype=parameter.dtype, device=grad.device).copy_(grad)
 
 
@@ -181,6 +200,7 @@ def _like(parameter: Tensor | None, x: Tensor) -> Tensor:
     return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=x.device)
 
 
+@_uncast
 def train_stem(x, weight, gamma, beta, mean, var, eps, group):
     """Implementation of ``torch.ops.resnet_triton.train_stem``: ``[y, c, stats]``."""
     u = Unit(weight, gamma, beta, mean, var, eps, stem.GEOMETRY)
@@ -196,6 +216,7 @@ def _fake_train_stem(x, weight, gamma, beta, mean, var, eps, group):
     return [pooled, new_channels_last(x, n, k, p, q), stats]
 
 
+@_uncast
 def train_stem_backward(grad, x, weight, gamma, beta, mean, var, saved, eps, group, needs):
     """Implementation of ``torch.ops.resnet_triton.train_stem_backward``: gradients of x, weight, gamma, beta."""
     u = Unit(weight, gamma, beta, mean, var, eps, stem.GEOMETRY)
