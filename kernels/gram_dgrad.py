@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import ConvConfig, least_waste_box, next_power_of_two
 from .expand import halves, normalised, pixels
 from .geometry import ConvShape, cdiv
-from .launch import count, multiprocessors
+from .launch import count
 from .prologue import Normalised, affine
 from .tiles import box_origin
 
@@ -169,7 +169,7 @@ def gram_dgrad(
             store_sums(parts, right_out, right_product, part, k0 + WIDTH, C)
 
 
-def gram_dgrad_parts(m: int, c: int, config: ConvConfig, device: torch.device) -> int:
+def gram_dgrad_parts(m: int, c: int, config: ConvConfig, multiprocessors: int) -> int:
     """Partial sums that :func:`launch_gram_dgrad` makes best.
 
     About two programs a multiprocessor where the short reduction is one step (``c <= config.bk``). Where it is not, a
@@ -178,12 +178,12 @@ def gram_dgrad_parts(m: int, c: int, config: ConvConfig, device: torch.device) -
     Args:
         m, c: rows and columns of ``out``.
         config: the configuration.
-        device: where it runs.
+        multiprocessors: of the GPU.
     """
     tiles = cdiv(m, config.bm)
     if c > config.bk:
         return tiles
-    wanted = cdiv(2 * multiprocessors(device), cdiv(c, config.bn))
+    wanted = cdiv(2 * multiprocessors, cdiv(c, config.bn))
     return cdiv(tiles, cdiv(tiles, wanted))
 
 

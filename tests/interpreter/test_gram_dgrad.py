@@ -133,12 +133,12 @@ def test_exact_stride_2(odd: int, box: tuple[int, int, int]) -> None:
 
 def test_number_of_parts() -> None:
     """Four multiprocessors stand in for a device: eight programs, over all blocks of columns."""
-    cpu, tile = torch.device("cpu"), replace(TILE, bk=64)
-    assert gram_dgrad_parts(32 * 8, 32, tile, cpu) == 8
-    assert gram_dgrad_parts(32 * 8, 64, tile, cpu) == 4
-    assert gram_dgrad_parts(32 * 9, 32, tile, cpu) == 5, "as few as finish at the same time"
-    assert gram_dgrad_parts(32 * 9, 72, tile, cpu) == 9, "channels in chunks: one tile a program"
-    assert gram_dgrad_parts(5, 512, tile, cpu) == 1
+    tile = replace(TILE, bk=64)
+    assert gram_dgrad_parts(32 * 8, 32, tile, 4) == 8
+    assert gram_dgrad_parts(32 * 8, 64, tile, 4) == 4
+    assert gram_dgrad_parts(32 * 9, 32, tile, 4) == 5, "as few as finish at the same time"
+    assert gram_dgrad_parts(32 * 9, 72, tile, 4) == 9, "channels in chunks: one tile a program"
+    assert gram_dgrad_parts(5, 512, tile, 4) == 1
 
 
 @pytest.mark.parametrize("c", [24, 104])
