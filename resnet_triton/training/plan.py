@@ -8,8 +8,8 @@ everything that a kernel of this package would do on the way.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ..kernels.config import ConvConfig
 from ..kernels.geometry import ConvShape, cdiv
 from ..plan import CLEAR_WIN, Choice, library_of, refusal
 
+#: Steps whose products sum over the pixels.
+OVER_PIXELS = ("wgrad", "gram", "stem_wgrad")
 #: Steps without products: they only move bytes.
 PASSES = ("moments", "bn_apply", "masked_sums", "bn_backward", "bn_relu_pool", "bn_relu_pool_backward")
 
@@ -34,8 +36,8 @@ class Work:
         prologue: the convolution's input is normalised as it is loaded.
         backward: the incoming gradient is BN's, formed as it is loaded.
         moments: statistics of the result are taken.
-        added: channels of a projected shortcut, or 1 for a residual.
-        added_stride: its stride.
+        project: of a projected shortcut, or None.
+        residual_stride: of what is added to a gradient, 0 for nothing.
         moved: bytes of a pass.
     """
 
@@ -44,8 +46,8 @@ class Work:
     prologue: bool = False
     backward: bool = False
     moments: bool = False
-    added: int = 0
-    added_stride: int = 1
+    project: ConvShape | None = None
+    residual_stride: int = 0
     moved: int = 0
 
 
@@ -54,7 +56,7 @@ def kernels_run(target: Target, backend: str) -> bool:
     return backend != "cudnn" and refusal(target, torch.float32) is None and (target.is_cuda or backend == "triton")
 
 
-def refusal_of_products(work: Work, dtype: torch.dtype, target: Target) -> str | None:
+def refusal_of_products(work: Work, dtype: torch.dtype, precision: str, target: Target) -> str | None:
     """Why no training kernel with products can do this work there, or None."""
     if reason := refusal(target, dtype):
         return reason
@@ -63,7 +65,7 @@ def refusal_of_products(work: Work, dtype: torch.dtype, target: Target) -> str |
     assert work.shape is not None
     if not work.step.startswith("stem") and (work.shape.c * dtype.itemsize % 16 or work.shape.k * dtype.itemsize % 16):
         return f"{work.shape} has rows that are no multiple of 16 bytes"
-    if not configs_of(work, dtype):
+    if not configs_of(work, dtype, precision, target.multiprocessors):
         return f"no tile of {work.step} computes {work.shape}"
     return None
 
@@ -77,7 +79,7 @@ def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backe
     """
     library = library_of(target)
     passing = work.step in PASSES or work.step == "aten"
-    reason = refusal(target, dtype) if passing else refusal_of_products(work, dtype, target)
+    reason = refusal(target, dtype) if passing else refusal_of_products(work, dtype, precision, target)
     if backend == "triton" and (why := refusal(target, dtype)):
         raise RuntimeError(f"use_backend('triton') cannot run {work.step}: {why}. Use use_backend('auto').")
     theirs = library_prediction(work, dtype, precision, target) if target.is_cuda and not _unrated(dtype) else None
@@ -92,7 +94,7 @@ def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backe
         return Choice(library, None, reason, their_us, limit=their_limit)
     config = None
     if not passing:
-        candidates = configs_of(work, dtype)
+        candidates = configs_of(work, dtype, precision, target.multiprocessors)
         config = candidates[0]
         if target.is_cuda:
             config = min(candidates, key=lambda c: predict(work, c, dtype, precision, target).us)
@@ -112,43 +114,40 @@ def _unrated(dtype: torch.dtype) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def configs_of(work: Work, dtype: torch.dtype) -> tuple[ConvConfig, ...]:
+def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: int) -> tuple[ConvConfig, ...]:
     """Tiles of a kernel with products for some work, the heuristic's first; empty where there is none."""
     size, shape = dtype.itemsize, work.shape
     assert shape is not None
-    found: Any
+    found: list[ConvConfig]
     if work.step == "conv_stats":
         from ..kernels.conv_stats import conv_stats_configs
 
-        found = conv_stats_configs(shape, size, work.prologue)
+        found = conv_stats_configs(shape, size, work.prologue, precision)
     elif work.step == "dgrad":
-        from ..kernels.dgrad import dgrad_configs
+        from ..kernels.dgrad_phases import dgrad_configs
 
-        found = dgrad_configs(shape, size, work.backward)
+        found = dgrad_configs(shape, size, work.backward, precision)
     elif work.step == "wgrad":
         from ..kernels.wgrad import wgrad_configs
 
-        found = wgrad_configs(shape, size)
+        found = wgrad_configs(shape, size, work.prologue, multiprocessors or 4)
     elif work.step == "gram":
         from ..kernels.wgrad import gram_configs
 
-        found = gram_configs(shape, size)
+        found = gram_configs(shape, size, multiprocessors or 4)
     elif work.step == "expand":
         from ..kernels.expand import expand_configs
 
-        found = expand_configs(shape, size, work.added, work.added_stride)
+        found = expand_configs(shape, size, work.project)
     elif work.step == "gram_dgrad":
         from ..kernels.gram_dgrad import gram_dgrad_configs
 
         found = gram_dgrad_configs(shape, size)
-    elif work.step == "stem_conv_stats":
-        from ..kernels.stem_train import stem_stats_config
-
-        found = [stem_stats_config(shape, size)]
     else:
-        from ..kernels.stem_train import stem_wgrad_config
+        from ..kernels.stem_train import stem_stats_configs, stem_wgrad_configs
 
-        found = [stem_wgrad_config(shape, size)]
+        configs = stem_stats_configs if work.step == "stem_conv_stats" else stem_wgrad_configs
+        found = configs(shape.n, shape.p, shape.q, shape.k, size)
     return tuple(found)
 
 
@@ -161,27 +160,20 @@ def predict(
     """Prices a kernel of this package."""
     if work.shape is None or config is None:
         return cost.Prediction(hbm=work.moved / target.hbm_tb_s / 1e6)
-    shape, size = work.shape, dtype.itemsize
+    size, over_pixels = dtype.itemsize, work.step in OVER_PIXELS
     rows, columns, depth = gemm(work)
-    tiles = cdiv(rows, config.bm if work.step not in ("wgrad", "gram", "stem_wgrad") else config.bn) * cdiv(
-        columns, config.bn if work.step not in ("wgrad", "gram", "stem_wgrad") else config.bk
-    )
-    macs = rows * columns * depth
-    if work.step == "expand" and work.added:
-        macs += shape.m * shape.k * work.added
-    per_tile = depth * (config.bm + config.bn) * size
-    if work.step in ("wgrad", "gram", "stem_wgrad"):  # filters x channels of some taps, over the pixels
-        per_tile = depth * (config.bn + config.bk) * size * (3 if shape.r > 1 else 1) // (3 if shape.r > 1 else 1)
-    if work.backward:
-        per_tile += depth * (config.bm if work.step == "dgrad" else config.bn) * size
-    waves = 1.0
-    if work.step not in ("wgrad", "gram", "stem_wgrad"):
+    macs = rows * columns * depth + (work.project.macs if work.project is not None else 0)
+    tile_rows, tile_columns = (config.bn, config.bk) if over_pixels else (config.bm, config.bn)
+    tiles = cdiv(rows, tile_rows) * cdiv(columns, tile_columns)
+    loaded = tiles * depth * (tile_rows * (1 + work.backward) + tile_columns)
+    waves = 1.0  # programs that share the pixels fill the GPU
+    if not over_pixels:
         waves = cdiv(tiles, target.multiprocessors) * target.multiprocessors / max(1, tiles)
     return cost.Prediction(
         hbm=moved_bytes(work, dtype) / target.hbm_tb_s / 1e6,
-        l2=tiles * per_tile / target.l2_tb_s / 1e6,
+        l2=loaded * size / target.l2_tb_s / 1e6,
         tensor=waves * 2 * macs / target.tflops(dtype, precision) / 1e6,
-        extra=cost.LAUNCH_US * (2 if work.step in ("wgrad", "gram", "stem_wgrad") else 1),
+        extra=cost.LAUNCH_US * (1 + over_pixels),
     )
 
 
@@ -211,19 +203,15 @@ def moved_bytes(work: Work, dtype: torch.dtype) -> int:
         return cost.stem_bytes(s, size)
     if work.step == "dgrad":
         out = s.n * s.h * s.w * s.c * size
-        return (
-            y * (1 + work.backward)
-            + out * (1 + (work.moments or work.added > 0))
-            + w
-            + (out // work.added_stride**2 if work.added else 0)
-        )
+        added = out // work.residual_stride**2 if work.residual_stride else 0
+        return y * (1 + work.backward) + out * (1 + (work.moments or added > 0)) + added + w
     if work.step in ("wgrad", "stem_wgrad"):
         return x + y * (1 + work.backward) + 4 * s.weights
     if work.step == "gram":
         return x
     if work.step == "gram_dgrad":
         return y + 2 * x + w
-    return expand_bytes(s, size, work.added) + w  # expand
+    return expand_bytes(s, size, work.project) + w  # expand
 
 
 def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: Target) -> cost.Prediction:
@@ -237,7 +225,7 @@ def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: T
         passes, launches = passes + 2 * x, launches + 1
     if work.step == "dgrad":
         passes, launches = passes + (3 * x if work.moments else 0), launches + work.moments
-        passes, launches = passes + (3 * x if work.added else 0), launches + (work.added > 0)
+        passes, launches = passes + (3 * x if work.residual_stride else 0), launches + (work.residual_stride > 0)
     if work.backward:
         passes, launches = passes + 3 * y, launches + 1
     if work.moments and work.step.endswith("conv_stats"):
@@ -259,9 +247,10 @@ def conv_bytes(shape: ConvShape, itemsize: int, choice: Choice, lazy: bool, mome
     return itemsize * (shape.pixels_read * shape.c + shape.m * shape.k)
 
 
-def expand_bytes(shape: ConvShape, itemsize: int, added: int) -> int:
-    """Of ``expand``; ``added`` channels of a projected shortcut, or 0."""
-    return itemsize * shape.m * (shape.c + shape.k + (added or shape.k))
+def expand_bytes(shape: ConvShape, itemsize: int, project: ConvShape | None) -> int:
+    """Of ``expand``, with an identity shortcut or a projected one."""
+    added = shape.m * shape.k if project is None else project.pixels_read * project.c
+    return itemsize * (shape.m * (shape.c + shape.k) + added)
 
 
 def wgrad_bytes(shape: ConvShape, itemsize: int, choice: Choice, backward: bool) -> int:
@@ -284,40 +273,41 @@ def dgrad_bytes(shape: ConvShape, itemsize: int, backward: bool, residual: Tenso
 # Sizes of partial sums
 
 
-def parts_of(kernel: str, shape: ConvShape, choice: Choice) -> int:
+def parts_of(kernel: str, shape: ConvShape, choice: Choice, target: Target, residual_stride: int = 0) -> int:
     """Parts that a kernel with products leaves of its statistics; 1 where the library runs."""
     if not choice.fused:
         return 1
-    config = choice.tiling
+    config, multiprocessors = choice.tiling, target.multiprocessors or 4
     if kernel == "conv_stats":
         from ..kernels.conv_stats import conv_stats_parts
 
-        return conv_stats_parts(shape, config)
+        return conv_stats_parts(shape, config, multiprocessors)
     if kernel == "dgrad":
-        from ..kernels.dgrad import dgrad_parts
+        from ..kernels.dgrad_phases import dgrad_parts
 
-        return dgrad_parts(shape, config)
+        return dgrad_parts(shape, config, max(1, residual_stride))
     if kernel == "gram_dgrad":
         from ..kernels.gram_dgrad import gram_dgrad_parts
 
-        return gram_dgrad_parts(shape, config)
+        return gram_dgrad_parts(shape.m, shape.c, config, multiprocessors)
     from ..kernels.stem_train import stem_stats_parts
 
-    return stem_stats_parts(shape, config)
+    return stem_stats_parts(shape.n, shape.p, shape.q, config)
 
 
-def rows_of_parts(kernel: str, m: int, k: int, choice: Choice, sizes: Any = None) -> int:
-    """Parts that a pass over ``m`` pixels of ``k`` channels leaves."""
+def rows_of_parts(kernel: str, sizes: Sequence[int], choice: Choice) -> int:
+    """Parts that a pass over an ``[N, C, H, W]`` tensor leaves."""
     if not choice.fused:
         return 1
+    n, c, h, w = sizes
     if kernel == "moments":
         from ..kernels.moments import moments_parts
 
-        return moments_parts(m, k)
+        return moments_parts(n * h * w, c)
     if kernel == "masked_sums":
         from ..kernels.train_passes import masked_sums_parts
 
-        return masked_sums_parts(m, k)
-    from ..kernels.stem_train import bn_relu_pool_backward_parts
+        return masked_sums_parts(n * h * w, c)
+    from ..kernels.bn_relu_pool import bn_relu_pool_parts
 
-    return bn_relu_pool_backward_parts(sizes)
+    return bn_relu_pool_parts(n, h, w)

@@ -99,10 +99,10 @@ def conv(h: Lazy, weight: Tensor, geometry: Sequence[int], moments: bool) -> tup
     if not choice.fused and (lazy or moments) and x.is_cuda:  # in passes of their own
         c, _ = conv(materialised(h), weight, geometry, False) if lazy else _library_conv(h, weight, geometry, choice)
         return c, moments_of(c) if moments else None
-    parts_shape = plan.parts_of("conv_stats", shape, choice)
+    rows = plan.parts_of("conv_stats", shape, choice, target_for(x))
 
     def allocate() -> tuple[Tensor, Tensor | None]:
-        return new_channels_last(x, *out_shape), _vector(x, parts_shape, 3, shape.k) if moments else None
+        return new_channels_last(x, *out_shape), _vector(x, rows, 3, shape.k) if moments else None
 
     def launch(out: tuple[Tensor, Tensor | None]) -> None:
         from ..kernels.conv_stats import launch_conv_stats
@@ -115,7 +115,7 @@ def conv(h: Lazy, weight: Tensor, geometry: Sequence[int], moments: bool) -> tup
         return c, reference.moments(c) if moments else None
 
     moved = plan.conv_bytes(shape, x.element_size(), choice, lazy, moments)
-    return _run("conv", choice, x, allocate, launch, eager, moved, weight, shape)
+    return _run("fprop", choice, x, allocate, launch, eager, moved, weight, shape)
 
 
 def _library_conv(h: Lazy, weight: Tensor, geometry: Sequence[int], choice: Choice) -> tuple[Tensor, None]:
@@ -123,7 +123,7 @@ def _library_conv(h: Lazy, weight: Tensor, geometry: Sequence[int], choice: Choi
     shape, out_shape = conv_geometry(x.shape, weight.shape, *geometry)
     moved = plan.conv_bytes(shape, x.element_size(), choice, False, False)
     c = _run(
-        "conv", choice, x, lambda: new_channels_last(x, *out_shape), lambda out: None,
+        "fprop", choice, x, lambda: new_channels_last(x, *out_shape), lambda out: None,
         lambda: reference.conv(h, _weight(weight, x), geometry).contiguous(memory_format=torch.channels_last),
         moved, weight, shape,
     )  # fmt: skip
@@ -139,10 +139,10 @@ def materialised(h: Lazy) -> Lazy:
 
 def moments_of(c: Tensor) -> Tensor:
     """``parts`` of a raw output in a pass of its own."""
-    n, k, p, q = c.shape
+    k = c.shape[1]
     moved = _bytes(c)
     choice = _choose(plan.Work("moments", moved=moved), c)
-    rows = plan.rows_of_parts("moments", n * p * q, k, choice)
+    rows = plan.rows_of_parts("moments", c.shape, choice)
 
     def launch(parts: Tensor) -> None:
         from ..kernels.moments import launch_moments
@@ -261,28 +261,31 @@ def expand(
     x = h.raw
     shape, out_shape = conv_geometry(x.shape, weight.shape, 1, 0, 1)
     assert shortcut is not None
-    added = shortcut.shape[1] if project is not None else 0
-    stride = project[0].geometry[0] if project is not None else 1
-    choice = _choose(plan.Work("expand", shape, added=added, added_stride=stride), x)
+    projection = None
+    if project is not None:
+        projection, _ = conv_geometry(shortcut.shape, project[0].weight.shape, *project[0].geometry)
+    choice = _choose(plan.Work("expand", shape, project=projection), x)
 
     def launch(y: Tensor) -> None:
         from ..kernels.expand import Project, launch_expand
 
         flat = _krsc(weight, x).view(shape.k, shape.c)
         addend: Any = nhwc(shortcut)
-        if project is not None:
+        if project is not None and projection is not None:
             u, its = project
-            wd = _krsc(u.weight, x).view(shape.k, added)
-            addend = Project(addend, wd, its[reference.SCALE], its[reference.SHIFT], stride)
+            wd = _krsc(u.weight, x).view(shape.k, projection.c)
+            addend = Project(addend, wd, its[reference.SCALE], its[reference.SHIFT], projection.stride)
         launch_expand(
             nhwc(x), _prologue(h), flat, _prologue(Lazy(x, stats)), addend, nhwc(y), choice.tiling, _precision(x)
         )
 
     def eager() -> Tensor:
-        through = None if project is None else (_weight(project[0].weight, x), project[1], stride)
+        through = None
+        if project is not None:
+            through = (_weight(project[0].weight, x), project[1], project[0].geometry[0])
         return _last(reference.expand(h, _weight(weight, x), stats, shortcut, through))
 
-    moved = plan.expand_bytes(shape, x.element_size(), added)
+    moved = plan.expand_bytes(shape, x.element_size(), projection)
     return _run("expand", choice, x, lambda: new_channels_last(x, *out_shape), launch, eager, moved, weight, shape)
 
 
@@ -303,9 +306,9 @@ def masked(dy: Tensor, y: Tensor | None) -> Tensor:
 def masked_sums(dy: Tensor, y: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
     """``dz = dy where y > 0`` (``dy`` itself without ``y``), and ``[P, 2, C]`` sums of dz and dz * c."""
     moved = 2 * _bytes(dy) + (2 * _bytes(y) if y is not None else 0)
-    n, k, p, q = c.shape
+    k = c.shape[1]
     choice = _choose(plan.Work("masked_sums", moved=moved), dy)
-    rows = plan.rows_of_parts("masked_sums", n * p * q, k, choice)
+    rows = plan.rows_of_parts("masked_sums", c.shape, choice)
 
     def allocate() -> tuple[Tensor, Tensor]:
         return dy if y is None else new_channels_last(dy, *dy.shape), _vector(dy, rows, 2, k)
@@ -448,8 +451,8 @@ def gram_dgrad(
     x = h.raw
     n, _, p, q = dz.shape
     shape = ConvShape(n, p, q, x.shape[1], dz.shape[1])
-    choice = _choose(plan.Work("gram_dgrad", shape, prologue=h.stats is not None, added_stride=stride), x)
-    rows = plan.parts_of("gram_dgrad", shape, choice)
+    choice = _choose(plan.Work("gram_dgrad", shape, prologue=h.stats is not None), x)
+    rows = plan.parts_of("gram_dgrad", shape, choice, target_for(x))
 
     def allocate() -> tuple[Tensor, Tensor | None]:
         return new_channels_last(x, n, shape.c, p, q), _vector(x, rows, 2, shape.c) if sums else None
@@ -486,13 +489,13 @@ def dgrad(
     shape, _ = conv_geometry(x.shape, weight.shape, *geometry)
     lazy = h.stats is not None
     work = plan.Work(
-        "dgrad", shape, prologue=lazy, backward=dc.c is not None, moments=lazy, added=int(residual is not None),
-        added_stride=residual_stride,
+        "dgrad", shape, prologue=lazy, backward=dc.c is not None, moments=lazy,
+        residual_stride=0 if residual is None else residual_stride,
     )  # fmt: skip
     choice = _choose(work, x)
     if not choice.fused:
         return _library_dgrad(bn_backward(dc), weight, geometry, h, residual, residual_stride, sign, choice, shape)
-    rows = plan.parts_of("dgrad", shape, choice)
+    rows = plan.parts_of("dgrad", shape, choice, target_for(x), work.residual_stride)
 
     def allocate() -> tuple[Tensor, Tensor | None]:
         return new_channels_last(x, *x.shape), _vector(x, rows, 2, shape.c) if lazy else None
@@ -536,7 +539,7 @@ def stem_conv(x: Tensor, weight: Tensor, moments: bool) -> tuple[Tensor, Tensor 
     """The 7x7/2 convolution's raw output on images of any layout, and its moments if asked."""
     shape, (n, k, p, q) = conv_geometry(x.shape, weight.shape, 2, 3, 1)
     choice = _choose(plan.Work("stem_conv_stats", shape, moments=moments), x)
-    rows = plan.parts_of("stem_conv_stats", shape, choice)
+    rows = plan.parts_of("stem_conv_stats", shape, choice, target_for(x))
 
     def allocate() -> tuple[Tensor, Tensor | None]:
         return new_channels_last(x, n, k, p, q), _vector(x, rows, 3, k) if moments else None
@@ -581,7 +584,7 @@ def bn_relu_pool(h: Lazy) -> Tensor:
     choice = _choose(plan.Work("bn_relu_pool", moved=moved), c)
 
     def launch(y: Tensor) -> None:
-        from ..kernels.stem_train import launch_bn_relu_pool
+        from ..kernels.bn_relu_pool import launch_bn_relu_pool
 
         assert h.stats is not None
         launch_bn_relu_pool(nhwc(c), h.stats[reference.SCALE], h.stats[reference.SHIFT], nhwc(y))
@@ -595,13 +598,13 @@ def bn_relu_pool(h: Lazy) -> Tensor:
 def bn_relu_pool_backward(dy: Tensor, h: Lazy) -> tuple[Tensor, Tensor]:
     """The gradient of the BN's output behind max-pool and ReLU, and ``[P, 2, C]`` sums of it and of it * raw."""
     c = h.raw
-    n, k, height, width = c.shape
+    k = c.shape[1]
     moved = _bytes(dy) + 2 * _bytes(c)
     choice = _choose(plan.Work("bn_relu_pool_backward", moved=moved), c)
-    rows = plan.rows_of_parts("bn_relu_pool_backward", n * height * width, k, choice, c.shape)
+    rows = plan.rows_of_parts("bn_relu_pool_backward", c.shape, choice)
 
     def launch(out: tuple[Tensor, Tensor]) -> None:
-        from ..kernels.stem_train import launch_bn_relu_pool_backward
+        from ..kernels.bn_relu_pool import launch_bn_relu_pool_backward
 
         assert h.stats is not None
         scale, shift = h.stats[reference.SCALE], h.stats[reference.SHIFT]
