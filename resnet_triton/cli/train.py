@@ -139,6 +139,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
     return device
 
 
@@ -171,10 +172,11 @@ def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: 
         raise ValueError("--nesterov needs a --momentum above 0")
     # The data say how many classes the model needs, the model how many channels the images: a CIFAR ResNet takes any.
     rng.seed_all(settings.seed)
-    classes = len(data.load_data(args.data, settings.size, defaults.channels, settings.seed).classes)
+    images = data.load_data(args.data, settings.size, settings.seed)
+    classes = len(images.classes)
     model = build.build(settings.model, classes, defaults.channels)
     channels = channels_of(model)
-    images = data.load_data(args.data, settings.size, channels, settings.seed)
+    images.set_channels(channels)
     what = f"--model {settings.model} fails on images of {channels}x{settings.size}x{settings.size}"
     shape = (channels, settings.size, settings.size)
     in_one_line(what, build.check_outputs, model.eval(), settings.model, classes, shape)

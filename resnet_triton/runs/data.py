@@ -46,6 +46,13 @@ class Split(Protocol):
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]: ...
 
+    def set_channels(self, channels: int) -> None:
+        """Gives images of so many channels.
+
+        Raises:
+            ValueError: the images cannot have them.
+        """
+
 
 class Data(NamedTuple):
     """A data set.
@@ -62,6 +69,15 @@ class Data(NamedTuple):
     test: Split
     classes: tuple[str, ...]
     id: str
+
+    def set_channels(self, channels: int) -> None:
+        """Gives images of so many channels: 1 or 3 for digits (three equal ones), 3 for an imagefolder.
+
+        Raises:
+            ValueError: for another number.
+        """
+        self.train.set_channels(channels)
+        self.test.set_channels(channels)
 
 
 class Defaults(NamedTuple):
@@ -95,26 +111,22 @@ def kind_of(spec: str) -> str:
     return kind
 
 
-def load_data(spec: str, size: int, channels: int, seed: int) -> Data:
+def load_data(spec: str, size: int, seed: int) -> Data:
     """The data set that ``--data`` names.
 
     Args:
         spec: see this module's text.
         size: height and width of the images in pixels.
-        channels: of the images: 1 or 3 for digits (three equal ones), 3 for an imagefolder.
         seed: of the augmentation.
 
     Raises:
-        ValueError: for a name that is not known, channels that the images cannot have, or classes that differ between
-            the splits.
+        ValueError: for a name that is not known, or classes that differ between the splits.
         ImportError: without scikit-learn, mlxtend or torchvision.
         OSError: for folders that are not there or hold no image.
     """
     kind = kind_of(spec)
     if kind == "imagefolder":
-        return _image_folder(Path(spec.partition(":")[2]).expanduser(), size, channels, seed)
-    if channels not in (1, 3):
-        raise ValueError(f"--data {spec} has 1 channel, or 3 equal ones; the model takes {channels}")
+        return _image_folder(Path(spec.partition(":")[2]).expanduser(), size, seed)
     pixels, numbers = _digits() if kind == "digits" else _mnist5k()
     rows = _rows(numbers)
     others = np.setdiff1d(np.arange(len(numbers)), rows)
@@ -122,7 +134,7 @@ def load_data(spec: str, size: int, channels: int, seed: int) -> Data:
     labels, images = torch.from_numpy(numbers).long(), _ink(pixels, size)
     mean, std = images[rows].mean().item(), images[rows].std().item()
     train, test = (
-        _Digits((images[part] - mean) / std, labels[part], (0 - mean) / std, channels, seed) for part in (rows, others)
+        _Digits((images[part] - mean) / std, labels[part], (0 - mean) / std, seed) for part in (rows, others)
     )
     return Data(kind, train, test, tuple("0123456789"), digest.hexdigest()[:16])
 
@@ -176,9 +188,15 @@ def _ink(pixels: np.ndarray, size: int) -> Tensor:
 class _Digits:
     """Digits in memory: to train on, shifted, turned and scaled a little; never mirrored, which gives other shapes."""
 
-    def __init__(self, images: Tensor, labels: Tensor, background: float, channels: int, seed: int) -> None:
-        self.images, self.labels = images, labels
-        self.background, self.channels, self.seed = background, channels, seed
+    def __init__(self, images: Tensor, labels: Tensor, background: float, seed: int) -> None:
+        self.images, self.labels, self.background, self.seed = images, labels, background, seed
+        self.channels = 1
+
+    def set_channels(self, channels: int) -> None:
+        """1 channel, or 3 equal ones."""
+        if channels not in (1, 3):
+            raise ValueError(f"the digits of --data have 1 channel, or 3 equal ones; the model takes {channels}")
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -202,14 +220,12 @@ class _Digits:
         return F.grid_sample(images - self.background, grid, align_corners=False) + self.background
 
 
-def _image_folder(root: Path, size: int, channels: int, seed: int) -> Data:
+def _image_folder(root: Path, size: int, seed: int) -> Data:
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
     except (ImportError, RuntimeError) as error:
         raise ImportError(f"--data imagefolder needs torchvision: pip install torchvision ({error})") from error
-    if channels != 3:
-        raise ValueError(f"--data imagefolder has 3 channels, the model takes {channels}")
     if not root.is_dir():
         raise FileNotFoundError(f"--data 'imagefolder:{root}': there is no such folder (looked in {root.absolute()})")
     places = root / "train", next((root / name for name in ("val", "test") if (root / name).is_dir()), root / "val")
@@ -247,6 +263,11 @@ class _Files:
         )  # not a list: workers would copy it as they count references
         self.labels = np.array([label for _, label in samples])
         self.augmented, self.centred, self.seed = augmented, centred, seed
+
+    def set_channels(self, channels: int) -> None:
+        """3 channels."""
+        if channels != 3:
+            raise ValueError(f"the images of --data imagefolder have 3 channels, the model takes {channels}")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -14,10 +14,14 @@ def make_folder(path: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file and waits until the disk has it. A crash may leave a part of it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk does not name the file
+        error.filename = error.filename or str(path)
+        raise
 
 
 def rename(source: Path, target: Path) -> None:

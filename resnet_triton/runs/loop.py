@@ -70,7 +70,6 @@ class Trainer:
         if not self.steps:
             raise ValueError(f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images")
         self.model = model
-        self.parallel = processes.parallel(model)
         self.optimizer = torch.optim.SGD(
             [p for p in model.parameters() if p.requires_grad],
             lr=settings.lr,
@@ -80,6 +79,7 @@ class Trainer:
         )
         average = None if settings.ema is None else get_ema_multi_avg_fn(settings.ema)
         self.ema = None if average is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.parallel = processes.parallel(model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.epoch, self.step = 0, 0
         self.seconds = 0.0
