@@ -225,7 +225,7 @@ def wgrad_configs(
     """
     k, c = next_power_of_two(shape.k), next_power_of_two(shape.c)
     if itemsize == 4:  # no transposed operands in shared memory: the tensor cores of the generation before
-        tiles = [(64, 64, 8, 2), (64, 32, 4, 2)]
+        tiles = [(64, 64, 8, 2)]
     elif shape.r * shape.s == 1:
         tiles = [(128, 256, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2)]
         if min(k, c) <= 64:
@@ -257,11 +257,14 @@ def _tiled(
             clipped.append(tile)
     configs = []
     for bn, bk, warps, stages in dict.fromkeys(clipped or [tile]):
-        # one filter row of a small tile: twice the pixels, or what a step costs besides products weighs too much
-        small = shape.r > 1 and shifted and warps == 4
-        box = _box(shape, 2 * bm if small else bm)
+        box = _box(shape, bm)
         config = ConvConfig("wgrad", box, bn, bk, warps, stages)
         rt, st = tap_group(shape, config)
+        if warps == 4 and rt > 1 and rt * st * bn * bk > 96 * 128:  # with a prologue's operands it would spill
+            continue
+        if shifted and rt < shape.r and warps == 4:  # what a step costs besides products weighs on a small tile
+            box = _box(shape, 2 * bm)
+            config = replace(config, box=box)
         blocks = cdiv(shape.k, bn) * cdiv(shape.c, bk) * (shape.r // rt) * (shape.s // st)
         resident = max(1, 8 // warps)
         most = min(_boxes(shape, box), MOST_PART_BYTES // (4 * shape.weights), MOST_WGRAD_SPLITS)
