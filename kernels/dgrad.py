@@ -118,9 +118,10 @@ def dgrad_tile(
     if mask is not None:
         m = load_pixels(mask, n0, h0, w0, c0, a, b, C, HALVES).reshape(BM, BN).T.to(tl.float32)
         if scales is not None:
-            acc = tl.where(affine(m, scales[:, None], shifts[:, None]) > 0, acc, 0.0)
+            kept = affine(m, scales[:, None], shifts[:, None]) > 0
         else:
-            acc = tl.where(m > 0, acc, 0.0)
+            kept = m > 0
+        acc = tl.where(kept, acc, 0.0)
     out = acc.to(dx.dtype)
     if HALVES:
         dx.store([n0, h0, a, w0, b * C + c0], out.T.reshape(TN, TH, 1, TW, BN))
@@ -149,7 +150,7 @@ def dgrad(
 
     ``dy, raw, w, dx, residual, mask`` are tensor descriptors. N, H and W are those of a phase. ``PHASES`` 1: all tiles
     are of phase ``PHASE``, whose pixels the descriptors have. ``PHASES`` 4: ``PHASE``, with most taps, comes first.
-    ``EXACT``: no tile overhangs.
+    ``EXACT``: what tiles compute beyond the tensor is zero.
     """
     column_blocks: tl.constexpr = (C + BN - 1) // BN
     first = tl.program_id(0) // column_blocks
@@ -231,10 +232,11 @@ def launch_dgrad(
         pixels = functools.partial(pixel_boxes, walk=walk, divided=phased(shape, residual_stride), flat=shape.pointwise)
         d_pixels = functools.partial(pixels, divided=half and shape.stride == 1)
         added = None
-        if half and (walk.phases == 4 or walk.phase == 0):
-            added = describe(residual, [*walk.box, config.bn])
-        elif not half:
+        if not half:
             added = pixels(residual, config.bn)
+        elif residual is not None and (walk.phases == 4 or walk.phase == 0):
+            added = describe(residual, [*walk.box, config.bn])
+        exact = walk.exact(raw is not None, shape.pointwise and not phased(shape, residual_stride))
         programs = walk.tiles if parts is None else walk.summing(columns)
         tn, th, tw = walk.box
         count("dgrad")
@@ -243,7 +245,7 @@ def launch_dgrad(
             pixels(dx, config.bn), added, pixels(masked, config.bn), scale, shift,
             None if parts is None else parts[filled:], programs, walk.n, walk.h, walk.w,
             K=shape.k, C=shape.c, R=shape.r, S=shape.s, STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation,
-            PHASES=walk.phases, PHASE=walk.phase, HALF_RESIDUAL=half, EXACT=walk.exact, PRECISION=precision,
+            PHASES=walk.phases, PHASE=walk.phase, HALF_RESIDUAL=half, EXACT=exact, PRECISION=precision,
             TN=tn, TH=th, TW=tw, BN=config.bn, BK=config.bk, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         filled += programs

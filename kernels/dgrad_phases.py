@@ -35,11 +35,15 @@ class Walk:
         tn, th, tw = self.box
         return self.phases * cdiv(self.n, tn) * cdiv(self.h, th) * cdiv(self.w, tw)
 
-    @property
-    def exact(self) -> bool:
-        """Whether no box overhangs."""
+    def exact(self, prologue: bool, flat: bool) -> bool:
+        """Whether what boxes compute beyond the tensor is zero.
+
+        There is no gradient beyond the last image, unless a prologue makes something of nothing; beyond a row or a
+        column of an image, some taps still meet pixels inside.
+        """
         tn, th, tw = self.box
-        return self.n % tn == self.h % th == self.w % tw == 0
+        inside = flat or self.h % th == self.w % tw == 0
+        return inside and not (prologue and (self.n % tn or self.w % tw))
 
     def summing(self, column_blocks: int) -> int:
         """Programs of a column block where sums are wanted; each walks over the tiles and leaves one row."""
@@ -117,12 +121,12 @@ def dgrad_configs(shape: ConvShape, itemsize: int, prologue: bool, precision: st
     n, h, w = shape.n, cdiv(shape.h, shape.stride), cdiv(shape.w, shape.stride)
     tiles: list[tuple[int, int, int, int]]  # rows, columns, warps, stages
     if itemsize == 4:
-        tiles = [(128, min(64, columns), 8, 2)]
+        tiles = [(128, min(32 if prologue else 64, columns), 8, 2)]
         if precision == "tf32":
             tiles = [(128, columns, 8 if columns == 128 else 4, 2)]
     elif prologue:
         tiles = [(64, columns, 4, 2), (128, columns, 8 if columns == 128 else 4, 2)]
-        if shape.c % 256 == 0:
+        if shape.c % 256 == 0 and n * h * w % 128 == 0:  # overhanging rows to leave out of sums would make them spill
             tiles = [(64, 256, 4, 2), *tiles, (128, 256, 8, 2)]
     elif columns == 128:
         tiles = [(128, 128, 4, 3), (256, 128, 8, 3), (64, 128, 4, 3)]
