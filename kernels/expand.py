@@ -15,6 +15,9 @@ and stay in registers, as left operand, while the program walks over blocks of B
         y[BM, BN]      = relu(bn3(a w3[BN, C]^T) + shortcut[BM, BN])
 
 More channels come chunk by chunk, normalised as they are loaded, and a program has one block of BN output channels.
+
+Where a program has all output channels, it can compute the next block's first 1x1 from them as well, so that nothing
+reads ``y`` for that: ``after[BM, CN] += y[BM, BN] w[CN, BN]^T``, stored raw, with the statistics of its BN.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from .config import ConvConfig, least_waste_box, next_power_of_two
 from .epilogue import relu
 from .geometry import ConvShape, cdiv
 from .launch import count, multiprocessors
+from .moments import from_pivot, quotient
 from .prologue import Normalised, bn_relu
 from .tiles import box_origin
 
@@ -50,6 +54,22 @@ class Project:
     scale: torch.Tensor
     shift: torch.Tensor
     stride: int = 1
+
+
+@dataclass(frozen=True)
+class Following:
+    """The next block's first 1x1, raw, with its statistics.
+
+    Args:
+        w: ``[CN,K]`` dense, dtype of ``y``; CN a power of two from 16 to 256.
+        c: ``[N,P,Q,CN]`` dense, the raw output.
+        parts: dense fp32 ``[P,3,CN]``: count, mean and M2 of the pixels of each of P programs; about two a
+            multiprocessor are best, any number is right.
+    """
+
+    w: torch.Tensor
+    c: torch.Tensor
+    parts: torch.Tensor
 
 
 @triton.jit
@@ -101,24 +121,21 @@ def finish(
         y.store([q0, k0], out)
     else:
         y.store([n0, p0, q0, k0], out.reshape(TN, TH, TW, BN))
+    return out
 
 
 @triton.jit
-def expand(
-    c2, scale, shift, w3, scale3, shift3, shortcut, wd, scaled, shiftd, y, P, Q, K, COLUMNS, GROUPS,
-    C: tl.constexpr, CX: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+def one_box(
+    box, first, c2, scale, shift, w3, scale3, shift3, shortcut, wd, scaled, shiftd, y, next_w, P, Q, K, COLUMNS,
+    C: tl.constexpr, CX: tl.constexpr, CN: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
     HALVED: tl.constexpr,
 ):  # fmt: skip
-    """A box of pixels times ``COLUMNS`` blocks of BN output channels. ``c2, w3, shortcut, wd, y`` are descriptors.
-
-    With ``wd``, ``shortcut`` is the projection's input; BX is the width of its chunks. With HALVED, a block is finished
-    in two halves, for which there are registers where for the whole there are not.
-    """
+    """``COLUMNS`` blocks of BN output channels from ``first`` on; with ``next_w``, what they add to the next 1x1."""
     BM: tl.constexpr = TN * TH * TW
     PROJECT: tl.constexpr = wd is not None
-    n0, p0, q0 = box_origin(tl.program_id(0) // GROUPS, P, Q, TN, TH, TW)
-    first = tl.program_id(0) % GROUPS * COLUMNS * BN
+    n0, p0, q0 = box_origin(box, P, Q, TN, TH, TW)
+    after = tl.zeros((BM, CN), tl.float32)
     if C <= BK:
         a = normalised(pixels(c2, n0, p0, q0, 0, BM, FLAT), scale, shift, 0, C)
     if PROJECT and CX <= BX:
@@ -152,10 +169,68 @@ def expand(
                 PROJECT, FLAT, TN, TH, TW,
             )  # fmt: skip
         else:
-            finish(
+            out = finish(
                 acc, projected, k0, scale3, shift3, shortcut, scaled, shiftd, y, n0, p0, q0, K,
                 PROJECT, FLAT, TN, TH, TW,
             )  # fmt: skip
+            if next_w is not None:
+                after = tl.dot(out, next_w.load([0, k0]).T, after, input_precision=PRECISION)
+    return after
+
+
+@triton.jit
+def expand(
+    c2, scale, shift, w3, scale3, shift3, shortcut, wd, scaled, shiftd, y, next_w, next_c, next_parts,
+    N, P, Q, K, COLUMNS, GROUPS,
+    C: tl.constexpr, CX: tl.constexpr, CN: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr,
+    HALVED: tl.constexpr,
+):  # fmt: skip
+    """A box of pixels times ``COLUMNS`` blocks of BN output channels. Tensors of rank 2 or more are descriptors.
+
+    With ``wd``, ``shortcut`` is the projection's input; BX is the width of its chunks. With HALVED, a block is finished
+    in two halves, for which there are registers where for the whole there are not. With ``next_w``, a program walks
+    over boxes and all their channels, and ``next_parts`` gets count, mean and M2 of its pixels of ``next_c``.
+    """
+    if next_w is None:
+        box = tl.program_id(0) // GROUPS
+        first = tl.program_id(0) % GROUPS * COLUMNS * BN
+        one_box(
+            box, first, c2, scale, shift, w3, scale3, shift3, shortcut, wd, scaled, shiftd, y, next_w, P, Q, K, COLUMNS,
+            C, CX, CN, PRECISION, FLAT, TN, TH, TW, BN, BK, BX, HALVED,
+        )  # fmt: skip
+    else:
+        BM: tl.constexpr = TN * TH * TW
+        number = 0.0
+        pivot = tl.zeros((CN,), tl.float32)
+        total = tl.zeros((CN,), tl.float32)
+        squares = tl.zeros((CN,), tl.float32)
+        i = tl.arange(0, BM)
+        channel = tl.arange(0, CN)  # an identity gather leaves a channel's sums in one thread: few registers
+        for box in range(tl.program_id(0), tl.cdiv(N, TN) * tl.cdiv(P, TH) * tl.cdiv(Q, TW), tl.num_programs(0)):
+            after = one_box(
+                box, 0, c2, scale, shift, w3, scale3, shift3, shortcut, wd, scaled, shiftd, y, next_w, P, Q, K, COLUMNS,
+                C, CX, CN, PRECISION, FLAT, TN, TH, TW, BN, BK, BX, HALVED,
+            ).to(next_c.dtype)  # fmt: skip
+            n0, p0, q0 = box_origin(box, P, Q, TN, TH, TW)
+            if FLAT:
+                next_c.store([q0, 0], after)
+            else:
+                next_c.store([n0, p0, q0, 0], after.reshape(TN, TH, TW, CN))
+            stored = (n0 + i // (TH * TW) < N) & (p0 + i // TW % TH < P) & (q0 + i % TW < Q)
+            here = (tl.minimum(TN, N - n0) * tl.minimum(TH, P - p0) * tl.minimum(TW, Q - q0)).to(tl.float32)
+            values = after.to(tl.float32)
+            if number == 0:
+                pivot = quotient(tl.gather(tl.sum(tl.where(stored[:, None], values, 0.0), 0), channel, 0), here)
+            deviation = tl.where(stored[:, None], values - pivot[None, :], 0.0)
+            number += here
+            total += tl.gather(tl.sum(deviation, 0), channel, 0)
+            squares += tl.gather(tl.sum(deviation * deviation, 0), channel, 0)
+        mean, m2 = from_pivot(number, pivot, total, squares)
+        offset = tl.program_id(0) * 3 * CN + channel
+        tl.store(next_parts + offset, tl.zeros((CN,), tl.float32) + number)
+        tl.store(next_parts + offset + CN, mean)
+        tl.store(next_parts + offset + 2 * CN, m2)
 
 
 def launch_expand(
@@ -167,6 +242,7 @@ def launch_expand(
     y: torch.Tensor,
     config: ConvConfig,
     precision: str,
+    following: Following | None = None,
 ) -> None:
     """Launches :func:`expand`.
 
@@ -179,9 +255,11 @@ def launch_expand(
         y: ``[N,P,Q,K]`` dense.
         config: one of :func:`expand_configs`.
         precision: of fp32 products, ``"tf32"`` or ``"ieee"``.
+        following: the next block's first 1x1, computed from ``y`` in the same pass.
 
     Raises:
-        ValueError: the projection's sizes do not fit, or its stride is neither 1 nor 2.
+        ValueError: the projection's sizes do not fit, its stride is neither 1 nor 2, or ``following`` cannot be
+            computed with this configuration.
     """
     n, p, q, c = c2.shape
     k = w3.shape[0]
@@ -215,15 +293,27 @@ def launch_expand(
     columns = 1
     if whole:  # split the columns only to occupy the device
         columns = cdiv(blocks, min(blocks, cdiv(2 * multiprocessors(c2.device), rows)))
+    cn = 16
+    if following is not None:
+        cn = following.w.shape[0]
+        if not whole or cn & (cn - 1) or not 16 <= cn <= 256:
+            raise ValueError(
+                f"following needs all of {max(c, cx)} channels in one chunk and a power of two from 16 to 256 filters, "
+                f"got bk={config.bk} and {cn} filters; take another configuration, or launch_conv_stats on y"
+            )
+        columns = blocks
     groups = cdiv(blocks, columns)
+    programs = rows * groups if following is None else following.parts.shape[0]
     filters = TensorDescriptor.from_tensor
     count("expand")
-    expand[(rows * groups,)](
+    expand[(programs,)](
         describe(c2, bk), prologue.scale if prologue else None, prologue.shift if prologue else None,
         filters(w3, [bn, bk]), third.scale, third.shift, describe(source, bx if project else stored),
         filters(project.wd, [bn, bx]) if project else None, project.scale if project else None,
-        project.shift if project else None, describe(y, stored), p, q, k, columns, groups,
-        C=c, CX=cx, PRECISION=precision, FLAT=flat, TN=tn, TH=th, TW=tw, BN=bn, BK=bk, BX=bx,
+        project.shift if project else None, describe(y, stored),
+        filters(following.w, [cn, bn]) if following else None, describe(following.c, cn) if following else None,
+        following.parts if following else None, n, p, q, k, columns, groups,
+        C=c, CX=cx, CN=cn, PRECISION=precision, FLAT=flat, TN=tn, TH=th, TW=tw, BN=bn, BK=bk, BX=bx,
         HALVED=halved, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -233,13 +323,17 @@ def chunk(channels: int, config: ConvConfig) -> int:
     return min(config.bk, max(16, next_power_of_two(channels)))
 
 
-def expand_configs(shape: ConvShape, itemsize: int, project: ConvShape | None = None) -> list[ConvConfig]:
+def expand_configs(
+    shape: ConvShape, itemsize: int, project: ConvShape | None = None, following: int = 0
+) -> list[ConvConfig]:
     """Configurations for :func:`launch_expand`, none of which spills on sm_90 in bf16; the first is the heuristic.
 
     Args:
         shape: of the expanding convolution, pointwise.
         itemsize: bytes of an element.
         project: of the projection, or None for an identity shortcut.
+        following: filters of the next block's first 1x1 where that is computed as well, else 0. The list is empty
+            where registers do not suffice for it.
     """
     flat = project is None or project.stride == 1
 
@@ -247,6 +341,11 @@ def expand_configs(shape: ConvShape, itemsize: int, project: ConvShape | None = 
         box = (1, 1, bm) if flat else least_waste_box(shape, bm)
         return ConvConfig("expand", box, min(bn, max(16, next_power_of_two(shape.k))), bk, warps, stages)
 
+    if following:
+        largest = max(shape.c, following, project.c if project else 0)
+        if itemsize == 4 or largest > 128 or (project and largest > 64):
+            return []
+        return [config(128, 64, 64 if shape.c <= 64 else 128, 8, 2)]
     if itemsize == 4:
         return [config(128, 64, 32, 8, 2)]
     chunks = [config(128, 128, 64, 8, 3), config(128, 64, 64, 4, 3)]

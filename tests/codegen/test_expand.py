@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from resnet_triton import codegen, sass
-from resnet_triton.kernels.expand import Project, expand_configs, launch_expand
+from resnet_triton.kernels.expand import Following, Project, expand_configs, launch_expand
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.kernels.prologue import Normalised
 
@@ -16,7 +16,7 @@ def meta(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
-def compiled(shape: ConvShape, project: ConvShape | None, choice: int) -> codegen.Compiled:
+def compiled(shape: ConvShape, project: ConvShape | None, next_filters: int) -> codegen.Compiled:
     n, p, c, k = shape.n, shape.p, shape.c, shape.k
 
     def bn(channels: int) -> Normalised:
@@ -29,16 +29,18 @@ def compiled(shape: ConvShape, project: ConvShape | None, choice: int) -> codege
     if project:
         x = half(n, project.h, project.h, project.c)
         shortcut = Project(x, half(k, project.c), meta(k), meta(k), project.stride)
-    config = expand_configs(shape, 2, project)[choice]
+    config = expand_configs(shape, 2, project, next_filters)[0]
+    f = next_filters
+    following = Following(half(f, k), half(n, p, p, f), meta(264, 3, f)) if f else None
+    y = half(n, p, p, k)
     (launch,) = codegen.trace(
-        lambda: launch_expand(half(n, p, p, c), bn(c), half(k, c), bn(k), shortcut, half(n, p, p, k), config, "tf32"),
-        132,
+        lambda: launch_expand(half(n, p, p, c), bn(c), half(k, c), bn(k), shortcut, y, config, "tf32", following), 132
     )
     return codegen.compile_launch(launch, 90)
 
 
 @pytest.mark.parametrize(
-    ("shape", "project", "choice", "resident"),
+    ("shape", "project", "next_filters", "resident"),
     [
         pytest.param(ConvShape(256, 56, 56, 64, 256), None, 0, 3, id="64 channels"),
         pytest.param(ConvShape(256, 28, 28, 128, 512), None, 0, 2, id="128 channels"),
@@ -46,10 +48,11 @@ def compiled(shape: ConvShape, project: ConvShape | None, choice: int) -> codege
         pytest.param(
             ConvShape(256, 28, 28, 128, 512), ConvShape(256, 56, 56, 256, 512, stride=2), 0, 1, id="projection"
         ),
+        pytest.param(ConvShape(256, 28, 28, 128, 512), None, 128, 1, id="and the next 1x1"),
     ],
 )
-def test_program(shape: ConvShape, project: ConvShape | None, choice: int, resident: int) -> None:
-    program = compiled(shape, project, choice)
+def test_program(shape: ConvShape, project: ConvShape | None, next_filters: int, resident: int) -> None:
+    program = compiled(shape, project, next_filters)
     listing = program.listing
     assert not listing.stack_bytes and not listing.count(sass.LOCAL)
     assert listing.count("HGMMA") and listing.count("UTMALDG") and listing.count("UTMASTG")

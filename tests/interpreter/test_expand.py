@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet_triton.kernels import launch
 from resnet_triton.kernels.config import ConvConfig
-from resnet_triton.kernels.expand import Project, launch_expand
+from resnet_triton.kernels.expand import Following, Project, launch_expand
 from resnet_triton.kernels.prologue import Normalised
 from tests.cases import Guarded, integers
 from tests.comparers import identical, no_worse_than
@@ -176,6 +176,58 @@ def test_tiling_and_repeats_do_not_change_a_bit() -> None:
     first = run(given, TILE)
     for config in (TILE, replace(TILE, box=(1, 1, 64), bn=16)):
         identical(run(given, config), first)
+
+
+def run_following(given: Inputs, w: Tensor, parts: int, config: ConvConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """``y``, the next block's raw output and its parts."""
+    guarded = Guarded()
+    (n, p, q, _), k = given.c2.shape, given.w3.shape[0]
+    y, c = (guarded.output(n, p, q, channels, dtype=given.c2.dtype) for channels in (k, w.shape[0]))
+    sums = guarded.output(parts, 3, w.shape[0], dtype=torch.float32)
+    shortcut = guarded.input(given.shortcut)
+    if given.wd is not None:
+        shortcut = Project(shortcut, guarded.input(given.wd), *given.projected, given.stride)
+    launch_expand(
+        guarded.input(given.c2), Normalised(*given.prologue), guarded.input(given.w3), Normalised(*given.third),
+        shortcut, y, config, "ieee", Following(guarded.input(w), c, sums),
+    )  # fmt: skip
+    guarded.verify()
+    return y, c, sums
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "config"),
+    [
+        pytest.param((3, 4, 5, 24, 72), TILE, id="identity"),
+        pytest.param((3, 4, 5, 16, 64, 24), TILE, id="projection"),
+        pytest.param((2, 3, 3, 16, 64, 24, 2, 1), replace(TILE, box=(2, 4, 4)), id="stride 2 of an odd image"),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_next_convolution_and_its_statistics(
+    sizes: tuple, config: ConvConfig, parts: int, dtype: torch.dtype
+) -> None:
+    given = inputs(*sizes, dtype=dtype)
+    w = integers(16, sizes[4], dtype=dtype, low=-1, high=1)
+    y, c, sums = run_following(given, w, parts, config)
+    expected = computed(given, torch.float64).to(dtype)
+    identical(y, expected)
+    identical(c, (expected.double() @ w.double().T).to(dtype))
+    count, mean, m2 = sums.double().unbind(1)
+    rows = c.flatten(0, 2)
+    identical(count.sum(0), torch.full((16,), float(len(rows)), dtype=torch.float64))
+    merged = (count * mean).sum(0) / len(rows)
+    spread = (m2 + count * (mean - merged).square()).sum(0)
+    variance = rows.double().var(0, correction=0)
+    for out, right in ((merged, rows.double().mean(0)), (spread / len(rows), variance)):
+        no_worse_than(out.half(), right.half(), right)
+
+
+def test_the_next_convolution_needs_whole_channels() -> None:
+    given = inputs(1, 2, 2, 48, 32)
+    with pytest.raises(ValueError, match=r"all of 48 channels in one chunk .* got bk=32 and 16 filters"):
+        run_following(given, integers(16, 32, dtype=torch.float16), 1, TILE)
 
 
 def test_refused() -> None:

@@ -132,7 +132,7 @@ def test_exact_stride_2(odd: int, box: tuple[int, int, int]) -> None:
 
 
 def test_number_of_parts() -> None:
-    """Four multiprocessors stand in for a device: eight programs, over all blocks of columns."""
+    """Four multiprocessors: eight programs, over all blocks of columns."""
     tile = replace(TILE, bk=64)
     assert gram_dgrad_parts(32 * 8, 32, tile, 4) == 8
     assert gram_dgrad_parts(32 * 8, 64, tile, 4) == 4
