@@ -135,6 +135,8 @@ def stem_wgrad_config(shape: ConvShape, itemsize: int) -> ConvConfig:
 def stem_stats_parts(shape: ConvShape, config: ConvConfig) -> int:
     """Rows of the statistics of a 7x7/2 convolution for :func:`launch_stem_conv_stats`, on any GPU the same."""
     phases = _phases(shape.q, config)
+    if shape.n == 0:
+        return phases
     return phases * conv_stats_parts(_on_cells(shape.n, shape.p, cdiv(shape.q, phases), shape.k, config), config)
 
 
@@ -162,6 +164,8 @@ def launch_stem_conv_stats(
     if parts is not None and (parts.shape[0] == 0 or parts.shape[0] % phases):
         raise ValueError(f"parts must be a multiple of {phases}, got {tuple(parts.shape)}; see stem_stats_parts")
     if c.shape[0] == 0:
+        if parts is not None:
+            parts.zero_()
         return
     filters = packed_w.view(packed_w.shape[0], 4, WINDOW // config.bk, config.bk)
     shares = [None] * phases if parts is None else parts.chunk(phases)

@@ -165,9 +165,11 @@ def test_nan_stays_in_its_channels_and_taps() -> None:
 
 def test_empty_batch_launches_nothing(counts) -> None:
     xs, c, dw = torch.empty(0, 7, 8, 16), torch.empty(0, 4, 4, 8), torch.full((8, 3, 7, 7), float("nan"))
-    stem_train.launch_stem_conv_stats(xs, torch.zeros(8, 4, 4, 16), c, torch.empty(2, 3, 8), PAIRS[0], "ieee")
+    rows = stem_train.stem_stats_parts(ConvShape(0, 8, 8, 3, 8, 7, 7, 2, 3), PAIRS[0])
+    parts = torch.full((rows, 3, 8), float("nan"))
+    stem_train.launch_stem_conv_stats(xs, torch.zeros(8, 4, 4, 16), c, parts, PAIRS[0], "ieee")
     stem_train.launch_stem_wgrad(c, xs, dw, PAIRS[1], "ieee")
-    assert not counts and not dw.any()
+    assert not counts and not dw.any() and not parts.any()
 
 
 def test_what_does_not_fit_is_refused() -> None:
