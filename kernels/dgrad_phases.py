@@ -95,6 +95,9 @@ def dgrad_configs(shape: ConvShape, itemsize: int, prologue: bool, precision: st
         prologue: whether BN's backward is applied as the gradient is loaded.
         precision: of fp32; without tensor cores (``"ieee"``) only small tiles do not spill.
 
+    Sums, a residual and boxes that overhang rows or columns, all at once, may cost a few spills in the epilogue; no
+    block of a ResNet has a residual where it needs sums.
+
     Those that leave most of a large GPU idle are left out. Four warps for a 128x128 or 256x64 tile,
     as in the forward. A prologue costs the same for any number of columns, so it prefers 256 of them, and few rows,
     because two or three programs on a multiprocessor have to hide one another's waits. With sums (what it is that costs
