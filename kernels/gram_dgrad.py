@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import ConvConfig, least_waste_box, next_power_of_two
-from .expand import halves, normalised, pixels
+from .expand import chunk, halves, normalised, pixels
 from .geometry import ConvShape, cdiv
 from .launch import count
 from .prologue import Normalised, affine
@@ -239,7 +239,7 @@ def launch_gram_dgrad(
     if flat:
         tn, th, tw, n, p, q = 1, 1, config.bm, 1, 1, m
     box = [tw] if flat else [tn, th, tw]
-    bk, bc = min(config.bk, next_power_of_two(k)), min(config.bk, next_power_of_two(c))
+    bk, bc = chunk(k, config), chunk(c, config)
 
     def describe(t: torch.Tensor, channels: int) -> TensorDescriptor:
         if flat:

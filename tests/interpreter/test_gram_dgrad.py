@@ -107,6 +107,7 @@ def check_exact(given: Inputs, config: ConvConfig, parts: int | None = 2) -> Non
         pytest.param({"n": 2, "h": 4, "w": 4, "c": 32, "k": 64}, id="no waste"),
         pytest.param({"n": 3, "h": 5, "w": 3, "c": 24, "k": 72}, id="overhang in rows and channels"),
         pytest.param({"n": 1, "h": 5, "w": 7, "c": 72, "k": 40}, id="chunks of channels"),
+        pytest.param({"n": 1, "h": 3, "w": 5, "c": 8, "k": 8}, id="fewer channels than a product takes"),
         pytest.param({"n": 1, "h": 5, "w": 7, "c": 16, "k": 32, "y": True}, id="ReLU behind the convolution"),
         pytest.param({"n": 1, "h": 5, "w": 7, "c": 40, "k": 32, "masked": False}, id="not masked"),
         pytest.param({"n": 1, "h": 5, "w": 7, "c": 40, "k": 32, "masked": False, "prologue": False}, id="no prologue"),
