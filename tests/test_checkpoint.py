@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -131,6 +132,19 @@ def test_a_crash_between_or_within_any_two_file_operations_leaves_a_whole_checkp
         "rename",
         "remove_folder",
     ]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    save(Checkpoints(folder), 1)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=r"No space left on device: '.*model.safetensors'"):
+        save(Checkpoints(folder), 2)
+    assert [path.name for path in folder.iterdir()] == [name_of(1, 0)]
+    monkeypatch.undo()
+    save(Checkpoints(folder), 2)
+    check_last(folder, {2})
 
 
 def test_files_and_folders_are_synced(tmp_path, monkeypatch):

@@ -79,7 +79,11 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             self._remove_parts()
-            self._write(target, facts, tensors)
+            try:
+                self._write(target, facts, tensors)
+            except OSError:  # a full disk: what was written is of no use
+                self._remove_parts()
+                raise
         self._remove({*self.names()} - {name, *keep})
         return target
 
