@@ -213,14 +213,16 @@ def shifts_gradient(shape: ConvShape) -> int | None:
 
 
 def wgrad_configs(
-    shape: ConvShape, itemsize: int, normalised: bool = False, multiprocessors: int = 132
+    shape: ConvShape, itemsize: int, normalised: bool = False, prologue: bool = False, multiprocessors: int = 132
 ) -> list[ConvConfig]:
     """Configurations for a gradient, the best guess first.
 
     Args:
         shape: of the forward convolution.
         itemsize: bytes of an element of x and dy.
-        normalised: whether x has a prologue; it costs registers.
+        normalised: whether x has a prologue.
+        prologue: whether dy has one. Both cost registers, and that of dy is repeated for each tap of a 3x3: better
+            materialise such a gradient.
         multiprocessors: of the GPU; the shares of the pixels are chosen to fill it.
     """
     k, c = next_power_of_two(shape.k), next_power_of_two(shape.c)
@@ -230,11 +232,13 @@ def wgrad_configs(
         tiles = [(128, 256, 8, 2), (128, 128, 8, 3), (128, 128, 4, 2)]
         if min(k, c) <= 64:
             tiles = [(256, 64, 8, 3), (64, 256, 8, 3), (64, 64, 4, 3)]
+    elif prologue:
+        tiles = [(64, 64, 4 if min(k, c) >= 64 else 8, 2)]
     elif shifts_gradient(shape) is None:  # an input box for each tap
         tiles = [(128, 64, 8, 2), (64, 64, 4, 2)] if normalised else [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
     else:
         tiles = [(128, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)]
-    return _tiled(tiles, shape, k, c, 32 if itemsize == 4 else 64, multiprocessors)
+    return _tiled(tiles, shape, k, c, 32 if itemsize == 4 else 64, multiprocessors, prologue)
 
 
 def gram_configs(shape: ConvShape, itemsize: int, multiprocessors: int = 132) -> list[ConvConfig]:
@@ -245,7 +249,13 @@ def gram_configs(shape: ConvShape, itemsize: int, multiprocessors: int = 132) ->
 
 
 def _tiled(
-    tiles: list[tuple[int, int, int, int]], shape: ConvShape, k: int, c: int, bm: int, multiprocessors: int
+    tiles: list[tuple[int, int, int, int]],
+    shape: ConvShape,
+    k: int,
+    c: int,
+    bm: int,
+    multiprocessors: int,
+    prologue: bool = False,
 ) -> list[ConvConfig]:
     """Those of ``(bn, bk, warps, stages)`` that fit the channels, clipped to them, with box and shares."""
     shifted = shifts_gradient(shape) is not None
@@ -260,9 +270,13 @@ def _tiled(
         box = _box(shape, bm)
         config = ConvConfig("wgrad", box, bn, bk, warps, stages)
         rt, st = tap_group(shape, config)
-        if warps == 4 and rt > 1 and rt * st * bn * bk > 96 * 128:  # with a prologue's operands it would spill
+        if (
+            warps == 4 and rt > 1 and rt * st * bn * bk > 96 * 128 and not prologue
+        ):  # with a prologue's operands it would spill
             continue
-        if shifted and rt < shape.r and warps == 4:  # what a step costs besides products weighs on a small tile
+        if (
+            shifted and rt < shape.r and warps == 4 and not prologue
+        ):  # what a step costs besides products weighs on a small tile
             box = _box(shape, 2 * bm)
             config = replace(config, box=box)
         blocks = cdiv(shape.k, bn) * cdiv(shape.c, bk) * (shape.r // rt) * (shape.s // st)

@@ -14,6 +14,7 @@ from resnet_triton.kernels.wgrad import gram_configs, launch_gram, launch_wgrad,
 
 SMALL, LARGE = ConvShape(256, 56, 56, 64, 64, 3, 3, 1, 1), ConvShape(256, 28, 28, 128, 128, 3, 3, 1, 1)
 STRIDED, CIFAR = ConvShape(256, 56, 56, 128, 128, 3, 3, 2, 1), ConvShape(128, 32, 32, 16, 16, 3, 3, 1, 1)
+WIDE = ConvShape(128, 16, 16, 32, 32, 3, 3, 1, 1)
 EXPAND, REDUCE = ConvShape(256, 28, 28, 128, 512), ConvShape(256, 56, 56, 256, 64)
 
 
@@ -61,8 +62,11 @@ def loop_pressure(program: codegen.Compiled) -> float:
         (SMALL, "none", True, False, 1.2),
         (LARGE, "none", False, False, 0.4),
         (LARGE, "none", True, False, 0.6),
+        (LARGE, "bn", True, True, None),
         (STRIDED, "none", True, False, 1.0),
+        (STRIDED, "mask", True, False, None),
         (CIFAR, "none", True, False, None),
+        (WIDE, "mask", True, True, None),
         (EXPAND, "mask", True, True, None),
         (REDUCE, "bn", False, False, None),
     ],
@@ -70,7 +74,7 @@ def loop_pressure(program: codegen.Compiled) -> float:
 )
 def test_programs(shape: ConvShape, kind: str, normalised: bool, summed: bool, most: float | None) -> None:
     """Nothing spills and all products are warp groups' that do not wait for one another; 1x1 are bound by memory."""
-    for i, config in enumerate(wgrad_configs(shape, 2, normalised)):
+    for i, config in enumerate(wgrad_configs(shape, 2, normalised, kind != "none")):
         program = compiled(shape, config, kind, normalised, summed)
         listing = program.listing
         assert not listing.stack_bytes and not listing.count(sass.LOCAL), config
@@ -96,7 +100,7 @@ def test_gram_programs(c: int, normalised: bool, stride: int) -> None:
 
 @pytest.mark.parametrize(("shape", "kind"), [(SMALL, "none"), (REDUCE, "bn")], ids=str)
 def test_fp32_programs(shape: ConvShape, kind: str) -> None:
-    for config in wgrad_configs(shape, 4, True):
+    for config in wgrad_configs(shape, 4, True, kind != "none"):
         program = compiled(shape, config, kind, True, True, torch.float32)
         assert not program.listing.stack_bytes and not program.listing.count(sass.LOCAL), config
         assert program.shared_bytes <= codegen.SHARED_LIMIT[90], config

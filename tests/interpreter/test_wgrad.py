@@ -272,7 +272,7 @@ def test_sum_parts_names_a_wrong_size() -> None:
 )
 def test_configurations(shape: ConvShape, itemsize: int) -> None:
     """Each shares the boxes there are, within the workspace; the first is tried on the small shapes."""
-    configs = wgrad_configs(shape, itemsize)
+    configs = wgrad_configs(shape, itemsize, True, True)
     assert len(set(configs)) == len(configs) > 0
     for tiling in configs:
         assert wgrad_workspace_bytes(shape, tiling) <= 1.05 * MOST_PART_BYTES
