@@ -264,12 +264,13 @@ def launch_gram_dgrad(
     )  # fmt: skip
 
 
-def gram_dgrad_configs(shape: ConvShape, itemsize: int) -> list[ConvConfig]:
+def gram_dgrad_configs(shape: ConvShape, itemsize: int, relu: bool = False) -> list[ConvConfig]:
     """Configurations for :func:`launch_gram_dgrad`, none of which spills on sm_90 in bf16; the first is the heuristic.
 
     Args:
         shape: of the forward convolution, 1x1 of stride 1 or 2.
         itemsize: bytes of an element.
+        relu: whether ``y`` is given, which takes registers.
     """
 
     def config(bm: int, bn: int, bk: int, warps: int, stages: int) -> ConvConfig:
@@ -279,6 +280,8 @@ def gram_dgrad_configs(shape: ConvShape, itemsize: int) -> list[ConvConfig]:
     bn = min(128, max(16, next_power_of_two(shape.c)))
     if itemsize == 4:
         return [config(128, min(64, bn), 32, 8, 2)]
+    if relu:
+        return [config(64 if bn < 128 else 128, bn, 64, 4, 3)]
     narrow = config(128, min(64, bn), 64, 4, 3)
     if bn < 128:
         return [narrow, config(128, bn, 128, 8, 2), config(64, bn, 64, 4, 3)]
