@@ -82,9 +82,10 @@ def _check(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: U
         raise ValueError(f"the shortcut has shape {added}, the block computes {shapes[len(units) - 1]}")
     if shortcut is not None and (shortcut.dtype != x.dtype or shortcut.device != x.device):
         raise ValueError(f"shortcut is {shortcut.dtype} on {shortcut.device}, x is {x.dtype} on {x.device}")
-    count = x.shape[0] * shapes[len(units) - 1][2] * shapes[len(units) - 1][3]
-    if isinstance(count, int) and count <= 1 and form.group == "" and any(u.by_batch for u in units):
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    every = [*units, project] if project is not None else units
+    for u, (n, k, p, q) in zip(every, shapes, strict=True):
+        if u.by_batch and form.group == "" and isinstance(n * p * q, int) and n * p * q <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {(n, k, p, q)}")
     return shapes
 
 
@@ -145,15 +146,16 @@ def _fake_train_block(x, shortcut, tensors, eps, geometry, project, flags, group
     return saved.flat()
 
 
-def _needs(flat: Sequence[bool]) -> Needs:
-    return Needs(flat[0], flat[1], tuple(tuple(flat[i : i + 3]) for i in range(2, len(flat), 3)))  # type: ignore[misc]
+def _needs(flat: Sequence[bool], shortcut: Tensor | None) -> Needs:
+    units = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(2, len(flat), 3)]
+    return Needs(flat[0], flat[1] and shortcut is not None, tuple(units))
 
 
 @_uncast
 def train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry, project, flags, group, needs):
     """Implementation of ``torch.ops.resnet_triton.train_block_backward``; what is not needed is an empty tensor."""
     units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
-    wanted = _needs(needs)
+    wanted = _needs(needs, shortcut)
     kept = block.saved_of(saved, len(units), project, form.gram)
     x = channels_last(x)
     shortcut = None if shortcut is None else channels_last(shortcut)
@@ -183,9 +185,9 @@ def _as_parameter(grad: Tensor | None, parameter: Tensor | None, x: Tensor) -> T
 
 def _fake_train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry, project, flags, group, needs):
     units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
-    wanted = _needs(needs)
+    wanted = _needs(needs, shortcut)
     out = [new_channels_last(x, *x.shape) if wanted.x else x.new_empty(0)]
-    given = wanted.shortcut and shortcut is not None and not form.own_shortcut
+    given = wanted.shortcut and not form.own_shortcut
     out.append(new_channels_last(shortcut, *shortcut.shape) if given else x.new_empty(0))
     every = [*units, *([projection] if projection is not None else [])]
     for u, flags_of_unit in zip(every, wanted.units, strict=True):
