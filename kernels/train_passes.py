@@ -16,7 +16,7 @@ import triton.language as tl
 from .config import next_power_of_two
 from .geometry import cdiv
 from .launch import count as count_launch
-from .prologue import bn_backward_of
+from .prologue import Normalised, affine, bn_backward_of
 
 ROWS = 32
 #: Programs of ``masked_sums``: two for each multiprocessor of an H200.
@@ -42,8 +42,8 @@ def bn_backward(dz, c, g, out, M, C: tl.constexpr, BM: tl.constexpr, BN: tl.cons
 
 
 @triton.jit
-def masked_sums(dy, y, c, dz, parts, M, P, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """BN channels of every P-th tile of BM pixels."""
+def masked_sums(dy, y, c, scale, shift, dz, parts, M, P, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """BN channels of every P-th tile of BM pixels; the ReLU's sign from ``y``, or from ``c * scale + shift``."""
     column_blocks = tl.cdiv(C, BN)
     part = tl.program_id(0) // column_blocks
     k = tl.program_id(0) % column_blocks * BN + tl.arange(0, BN)
@@ -51,6 +51,9 @@ def masked_sums(dy, y, c, dz, parts, M, P, C: tl.constexpr, BM: tl.constexpr, BN
     offset = row[:, None] * C + k[None, :]
     total = tl.zeros((BM, BN), tl.float32)
     product = tl.zeros((BM, BN), tl.float32)
+    if scale is not None:
+        a = tl.load(scale + k, mask=k < C, other=0.0)[None, :]
+        b = tl.load(shift + k, mask=k < C, other=0.0)[None, :]
     for tile in range(part, tl.cdiv(M, BM), P):
         start = tl.cast(tile, tl.int64) * (BM * C)
         inside = (row < M - tile * BM)[:, None] & (k < C)[None, :]
@@ -59,6 +62,8 @@ def masked_sums(dy, y, c, dz, parts, M, P, C: tl.constexpr, BM: tl.constexpr, BN
         if y is not None:
             output = tl.load(y + start + offset, mask=inside, other=0.0).to(tl.float32)
             gradient = tl.where(output > 0.0, gradient, tl.zeros_like(gradient))
+        if scale is not None:
+            gradient = tl.where(affine(value, a, b) > 0.0, gradient, tl.zeros_like(gradient))
         if dz is not None:
             tl.store(dz + start + offset, gradient, mask=inside)
         total += gradient.to(tl.float32)
@@ -133,13 +138,17 @@ def masked_sums_parts(m: int, c: int) -> int:
 
 
 def launch_masked_sums(
-    dy: torch.Tensor, y: torch.Tensor | None, c: torch.Tensor, dz: torch.Tensor | None, parts: torch.Tensor
+    dy: torch.Tensor,
+    y: torch.Tensor | Normalised | None,
+    c: torch.Tensor,
+    dz: torch.Tensor | None,
+    parts: torch.Tensor,
 ) -> None:
     """Launches :func:`masked_sums`: a gradient through a ReLU, with the sums that BN's backward needs.
 
     Args:
         dy: ``[..., C]`` dense, the gradient behind the ReLU.
-        y: the ReLU's output, or None for no ReLU.
+        y: the ReLU's output, or how ``c`` is normalised before it, or None for no ReLU.
         c: what was normalised.
         dz: gets ``dy`` where ``y > 0`` and else 0, or None; may be ``dy``. All of one shape and dtype.
         parts: ``[P, 2, C]`` fp32 dense, P of :func:`masked_sums_parts`: partial sums of ``dz`` and of ``dz * c``.
@@ -151,7 +160,12 @@ def launch_masked_sums(
     bm, bn = _sums_tile(channels)
     p = parts.shape[0]
     count_launch("masked_sums")
-    masked_sums[(p * cdiv(channels, bn),)](dy, y, c, dz, parts, m, p, C=channels, BM=bm, BN=bn, num_warps=8)
+    output, scale, shift = y, None, None
+    if isinstance(y, Normalised):
+        output, scale, shift = None, y.scale, y.shift
+    masked_sums[(p * cdiv(channels, bn),)](
+        dy, output, c, scale, shift, dz, parts, m, p, C=channels, BM=bm, BN=bn, num_warps=8
+    )
 
 
 def launch_bn_gradients(

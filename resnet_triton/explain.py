@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import structure
-from .backend import current_backend
+from .backend import current_backend, planning_for_cuda
 from .chains import Tail
 from .convert import is_block, is_converted
 from .cost import ideal_us, library_us
@@ -158,21 +158,42 @@ class _Tracer(TorchDispatchMode):
         self.rows: list[Row] = []
         self.steps: list[tuple[str, Step]] = []
         self.tails: list[tuple[str, Tail]] = []
+        self.trained: list[tuple[str, tuple, list[Tensor]]] = []  # operators of training, their arguments and results
         self.place = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "resnet_triton":
-            with Recorder(self.target) as recorder:
-                out = IMPLEMENTATIONS[func._opname](*args, **(kwargs or {}))
-            self.rows += [self._step(step) for step in recorder.steps]
-            self.tails += [(self._find([weight]) or self.place, tail) for weight, tail in recorder.tails]
+            out = self._run(func._opname, args, kwargs or {})
+            if func._opname.startswith("train_"):
+                self.trained.append((func._opname, args, out))
             return out
         out = func(*args, **(kwargs or {}))
         name = func._opname.rstrip("_") or func._opname
-        counter = isinstance(out, Tensor) and out.dim() == 0  # such as num_batches_tracked
+        # such as num_batches_tracked, or running statistics
+        small = len(self.trained) > 0 and all(t.dim() < 2 for t in _tensors(out))
+        counter = (isinstance(out, Tensor) and out.dim() == 0) or small
         if not (func.is_view or func._opname in _FREE or counter or not _tensors(out)):
             self.rows.append(self._eager(_NAMES.get(func._opname, name), args, out))
         return out
+
+    def _run(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        with Recorder(self.target) as recorder:
+            out = IMPLEMENTATIONS[name](*args, **kwargs)
+        self.rows += [self._step(step) for step in recorder.steps]
+        self.tails += [(self._find([weight]) or self.place, tail) for weight, tail in recorder.tails]
+        return out
+
+    def go_back(self) -> None:
+        """Adds the steps of the backwards of training's operators, the last operator's first."""
+        for i, (name, args, out) in reversed(list(enumerate(self.trained))):
+            grad, first = torch.empty_like(out[0]), i == 0
+            if name == "train_stem":
+                *tensors, eps, group = args
+                self._run("train_stem_backward", (grad, *tensors, out, eps, group, [False, True, True, True]), {})
+                continue
+            x, shortcut, tensors, *rest = args
+            needs = [not first, shortcut is not None] + [True] * (3 * len(tensors) // 5)
+            self._run("train_block_backward", (grad, x, shortcut, tensors, out, *rest, needs), {})
 
     def _find(self, tensors: Sequence[object]) -> str | None:
         return next((self.names[id(t)] for t in tensors if id(t) in self.names), None)
@@ -329,8 +350,9 @@ def _trace(
     with mode, torch.no_grad():
         x = torch.empty(shape, dtype=getattr(model, "input_dtype", dtype), device=first.device)
         try:
-            with tracer:
+            with tracer, planning_for_cuda(target.is_cuda):
                 torch.func.functional_call(model, fakes, (x,))
+                tracer.go_back()
         except _NEEDS_VALUES as error:
             raise ValueError(
                 f"explain cannot follow {type(model).__name__}: its shapes depend on values ({error}). "

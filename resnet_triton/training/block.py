@@ -293,9 +293,7 @@ def _unit_backward(
     """Gradients of one unit from that of its BN's output: of its input, with sums of it, and of its parameters."""
     count = _count(c, 1) if u.by_batch else 0
     g, dgamma, dbeta = steps.bn_gradients(total, stats, count, form.group if u.by_batch else "")
-    dc = steps.Gradient(dz, c, g)
-    if not u.pointwise:  # nine taps would each repeat it
-        dc = steps.bn_backward(dc)
+    dc = steps.settled(steps.Gradient(dz, c, g), h, u.weight, u.geometry, (wants_input, needs[0]))
     dw = steps.wgrad(dc, h, u.weight, u.geometry) if needs[0] else None
     d, total = None, None
     if wants_input:

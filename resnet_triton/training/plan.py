@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ from ..plan import CLEAR_WIN, Choice, library_of, refusal
 OVER_PIXELS = ("wgrad", "gram", "stem_wgrad")
 #: Steps without products: they only move bytes.
 PASSES = ("moments", "bn_apply", "masked_sums", "bn_backward", "bn_relu_pool", "bn_relu_pool_backward")
+
+
+#: Steps of the Gram form, which no library has.
+GRAM_STEPS = ("gram", "expand", "gram_dgrad")
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,23 @@ def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backe
     if not target.is_cuda:
         return Choice(work.step, config, "use_backend('triton') in the interpreter")
     ours = predict(work, config, dtype, precision, target)
+    if work.step in GRAM_STEPS:
+        text = f"the Gram form has no library; predicted {ours.us:.1f} us ({ours.limit})"
+        return Choice(work.step, config, text, ours.us, limit=ours.limit)
     text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {their_us or 0.0:.1f} us by {library}"
     if backend == "triton":
         return Choice(work.step, config, f"use_backend('triton'); {text}", ours.us, limit=ours.limit)
     if their_us is not None and ours.us > CLEAR_WIN * their_us:
         return Choice(library, None, text, their_us, limit=their_limit)
     return Choice(work.step, config, text, ours.us, limit=ours.limit)
+
+
+def alone(work: Work, dtype: torch.dtype, precision: str, target: Target, choice: Choice) -> Choice:
+    """The library's choice with the time of ``work`` only, which has less to do than what was chosen for."""
+    if not target.is_cuda or _unrated(dtype):
+        return choice
+    theirs = library_prediction(work, dtype, precision, target)
+    return replace(choice, predicted_us=theirs.us, limit=theirs.limit)
 
 
 def _unrated(dtype: torch.dtype) -> bool:
@@ -130,7 +146,7 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
     elif work.step == "wgrad":
         from ..kernels.wgrad import wgrad_configs
 
-        found = wgrad_configs(shape, size, work.prologue, multiprocessors or 4)
+        found = wgrad_configs(shape, size, work.prologue, work.backward, multiprocessors or 4)
     elif work.step == "gram":
         from ..kernels.wgrad import gram_configs
 
@@ -147,7 +163,7 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
         from ..kernels.stem_train import stem_stats_configs, stem_wgrad_configs
 
         configs = stem_stats_configs if work.step == "stem_conv_stats" else stem_wgrad_configs
-        found = configs(shape.n, shape.p, shape.q, shape.k, size)
+        found = configs(shape, size)
     return tuple(found)
 
 
@@ -165,7 +181,12 @@ def predict(
     macs = rows * columns * depth + (work.project.macs if work.project is not None else 0)
     tile_rows, tile_columns = (config.bn, config.bk) if over_pixels else (config.bm, config.bn)
     tiles = cdiv(rows, tile_rows) * cdiv(columns, tile_columns)
-    loaded = tiles * depth * (tile_rows * (1 + work.backward) + tile_columns)
+    loaded: float = tiles * depth * (tile_rows * (1 + work.backward) + tile_columns)
+    if work.step == "wgrad":  # the taps of a program share a box
+        from ..kernels.wgrad import tap_group
+
+        taps = prod(tap_group(work.shape, config))
+        loaded = tiles / taps * depth * (tile_rows * (1 + work.backward) * taps + tile_columns)
     waves = 1.0  # programs that share the pixels fill the GPU
     if not over_pixels:
         waves = cdiv(tiles, target.multiprocessors) * target.multiprocessors / max(1, tiles)
@@ -231,8 +252,6 @@ def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: T
     if work.moments and work.step.endswith("conv_stats"):
         passes, launches = passes + y, launches + 1
     behind = passes / target.hbm_tb_s / 1e6 + launches * cost.LAUNCH_US
-    if work.step in ("expand", "gram", "gram_dgrad"):  # there is no library for the Gram form
-        behind += (x + y) / target.hbm_tb_s / 1e6
     return cost.Prediction(
         hbm=(s.bytes_moved(size)) / target.hbm_tb_s / 1e6 + behind,
         tensor=2 * s.macs / target.tflops(dtype, precision) / cost.LIBRARY_EFFICIENCY / 1e6 + behind,
@@ -242,7 +261,7 @@ def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: T
 # Bytes of activations through device memory, as ``explain`` counts them
 
 
-def conv_bytes(shape: ConvShape, itemsize: int, choice: Choice, lazy: bool, moments: bool) -> int:
+def conv_bytes(shape: ConvShape, itemsize: int) -> int:
     """Of a forward convolution."""
     return itemsize * (shape.pixels_read * shape.c + shape.m * shape.k)
 
@@ -292,7 +311,7 @@ def parts_of(kernel: str, shape: ConvShape, choice: Choice, target: Target, resi
         return gram_dgrad_parts(shape.m, shape.c, config, multiprocessors)
     from ..kernels.stem_train import stem_stats_parts
 
-    return stem_stats_parts(shape.n, shape.p, shape.q, config)
+    return stem_stats_parts(shape, config)
 
 
 def rows_of_parts(kernel: str, sizes: Sequence[int], choice: Choice) -> int:

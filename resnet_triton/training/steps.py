@@ -96,8 +96,8 @@ def conv(h: Lazy, weight: Tensor, geometry: Sequence[int], moments: bool) -> tup
     shape, out_shape = conv_geometry(x.shape, weight.shape, *geometry)
     lazy = h.stats is not None
     choice = _choose(plan.Work("conv_stats", shape, prologue=lazy, moments=moments), x)
-    if not choice.fused and (lazy or moments) and x.is_cuda:  # in passes of their own
-        c, _ = conv(materialised(h), weight, geometry, False) if lazy else _library_conv(h, weight, geometry, choice)
+    if not choice.fused:  # in passes of their own
+        c = _library_conv(materialised(h), weight, geometry, choice)
         return c, moments_of(c) if moments else None
     rows = plan.parts_of("conv_stats", shape, choice, target_for(x))
 
@@ -110,24 +110,23 @@ def conv(h: Lazy, weight: Tensor, geometry: Sequence[int], moments: bool) -> tup
         c, parts = out
         launch_conv_stats(nhwc(x), _krsc(weight, x), nhwc(c), parts, shape, _prologue(h), choice.tiling, _precision(x))
 
-    def eager() -> tuple[Tensor, Tensor | None]:
-        c = reference.conv(h, _weight(weight, x), geometry).contiguous(memory_format=torch.channels_last)
-        return c, reference.moments(c) if moments else None
-
-    moved = plan.conv_bytes(shape, x.element_size(), choice, lazy, moments)
-    return _run("fprop", choice, x, allocate, launch, eager, moved, weight, shape)
+    moved = plan.conv_bytes(shape, x.element_size())
+    return _run("fprop", choice, x, allocate, launch, allocate, moved, weight, shape)
 
 
-def _library_conv(h: Lazy, weight: Tensor, geometry: Sequence[int], choice: Choice) -> tuple[Tensor, None]:
+def _library_conv(h: Lazy, weight: Tensor, geometry: Sequence[int], choice: Choice) -> Tensor:
     x = h.raw
     shape, out_shape = conv_geometry(x.shape, weight.shape, *geometry)
-    moved = plan.conv_bytes(shape, x.element_size(), choice, False, False)
-    c = _run(
-        "fprop", choice, x, lambda: new_channels_last(x, *out_shape), lambda out: None,
-        lambda: reference.conv(h, _weight(weight, x), geometry).contiguous(memory_format=torch.channels_last),
-        moved, weight, shape,
+    return _run(
+        "fprop", _alone(plan.Work("conv_stats", shape), x, choice), x, lambda: new_channels_last(x, *out_shape),
+        lambda out: None, lambda: _last(reference.conv(h, _weight(weight, x), geometry)),
+        plan.conv_bytes(shape, x.element_size()), weight, shape,
     )  # fmt: skip
-    return c, None
+
+
+def _alone(work: plan.Work, x: Tensor, choice: Choice) -> Choice:
+    """A library's convolution without the passes with which it was compared, for the record."""
+    return plan.alone(work, x.dtype, _precision(x), target_for(x), choice) if Recorder.active else choice
 
 
 def materialised(h: Lazy) -> Lazy:
@@ -303,24 +302,30 @@ def masked(dy: Tensor, y: Tensor | None) -> Tensor:
     )  # fmt: skip
 
 
-def masked_sums(dy: Tensor, y: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
-    """``dz = dy where y > 0`` (``dy`` itself without ``y``), and ``[P, 2, C]`` sums of dz and dz * c."""
-    moved = 2 * _bytes(dy) + (2 * _bytes(y) if y is not None else 0)
+def masked_sums(dy: Tensor, y: Tensor | None, c: Tensor, stats: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``dz = dy where y > 0``, and ``[P, 2, C]`` sums of dz and dz * c.
+
+    With ``stats`` instead of ``y``, where ``relu(bn(c)) > 0``; with neither, ``dz`` is ``dy``.
+    """
+    through = y is not None or stats is not None
+    moved = (2 + through) * _bytes(dy) + _bytes(y)
     k = c.shape[1]
     choice = _choose(plan.Work("masked_sums", moved=moved), dy)
     rows = plan.rows_of_parts("masked_sums", c.shape, choice)
 
     def allocate() -> tuple[Tensor, Tensor]:
-        return dy if y is None else new_channels_last(dy, *dy.shape), _vector(dy, rows, 2, k)
+        return new_channels_last(dy, *dy.shape) if through else dy, _vector(dy, rows, 2, k)
 
     def launch(out: tuple[Tensor, Tensor]) -> None:
         from ..kernels.train_passes import launch_masked_sums
 
-        dz, parts = (None if y is None else nhwc(out[0])), out[1]
-        launch_masked_sums(nhwc(dy), None if y is None else nhwc(y), nhwc(c), dz, parts)
+        dz, parts = (nhwc(out[0]) if through else None), out[1]
+        sign = nhwc(y) if y is not None else _prologue(Lazy(c, stats))
+        launch_masked_sums(nhwc(dy), sign, nhwc(c), dz, parts)
 
     def eager() -> tuple[Tensor, Tensor]:
-        dz = dy if y is None else _last(reference.masked(dy, y))
+        sign = reference.affine(c, stats) if stats is not None else y
+        dz = dy if sign is None else _last(reference.masked(dy, sign))
         return dz, reference.sums(dz, c)
 
     return _run("masked_sums", choice, dy, allocate, launch, eager, moved)
@@ -348,6 +353,23 @@ def bn_gradients(parts: Tensor, stats: Tensor, count: int, group: str) -> tuple[
     g, dgamma, dbeta = parts.new_empty(3, c), parts.new_empty(c), parts.new_empty(c)
     launch_bn_gradients(parts, stats, count, g, dgamma, dbeta)
     return g, dgamma, dbeta
+
+
+def settled(dc: Gradient, h: Lazy, weight: Tensor, geometry: Sequence[int], wants: Sequence[bool]) -> Gradient:
+    """The gradient as its readers want it: stored once, unless all of them form it as they load it.
+
+    ``wants`` says whether a dgrad and a wgrad follow.
+    """
+    x = h.raw
+    shape, _ = conv_geometry(x.shape, weight.shape, *geometry)
+    lazy = h.stats is not None
+    works = (
+        plan.Work("dgrad", shape, prologue=lazy, backward=True, moments=lazy),
+        plan.Work("wgrad", shape, prologue=lazy, backward=True),
+    )
+    pointwise = shape.r == shape.s == 1 and shape.padding == 0  # else each tap would repeat it
+    readers = [_choose(work, x).fused for work, wanted in zip(works, wants, strict=True) if wanted and pointwise]
+    return dc if pointwise and all(readers) else bn_backward(dc)
 
 
 def bn_backward(dc: Gradient) -> Gradient:
@@ -383,7 +405,7 @@ def wgrad(dc: Gradient, h: Lazy, weight: Tensor, geometry: Sequence[int]) -> Ten
     shape, _ = conv_geometry(x.shape, weight.shape, *geometry)
     choice = _choose(plan.Work("wgrad", shape, prologue=h.stats is not None, backward=dc.c is not None), x)
     if not choice.fused:
-        dc, h = bn_backward(dc), materialised(h)
+        dc, h, choice = bn_backward(dc), materialised(h), _alone(plan.Work("wgrad", shape), x, choice)
 
     def allocate() -> Tensor:
         k, c, r, s = weight.shape
@@ -522,14 +544,15 @@ def _library_dgrad(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     x = h.raw
     moved = plan.dgrad_bytes(shape, x.element_size(), False, None, False) + 2 * _bytes(residual)
+    alone = _alone(plan.Work("dgrad", shape, residual_stride=0 if residual is None else residual_stride), x, choice)
     d = _run(
-        "dgrad", choice, x, lambda: new_channels_last(x, *x.shape), lambda out: None,
+        "dgrad", alone, x, lambda: new_channels_last(x, *x.shape), lambda out: None,
         lambda: _last(reference.dgrad(dc.dz, _weight(weight, x), geometry, x, residual, residual_stride)),
         moved, weight, shape,
     )  # fmt: skip
     if h.stats is None:
         return masked(d, sign), None
-    return masked_sums(d, materialised(h).raw, x)
+    return masked_sums(d, None, x, h.stats)
 
 
 # Stem
@@ -555,7 +578,7 @@ def stem_conv(x: Tensor, weight: Tensor, moments: bool) -> tuple[Tensor, Tensor 
         c = _last(reference.conv(Lazy(_last(x)), _weight(weight, x), (2, 3, 1)))
         return c, (moments_of(c) if moments else None)
 
-    moved = plan.conv_bytes(shape, x.element_size(), choice, False, moments)
+    moved = plan.conv_bytes(shape, x.element_size())
     return _run("stem", choice, x, allocate, launch, eager, moved, weight, shape)
 
 
