@@ -366,33 +366,35 @@ class _Report:
     """Progress on stderr: a bar on a terminal, a line an epoch; nothing with --json. The result on stdout."""
 
     def __init__(self, args: argparse.Namespace, writes: bool) -> None:
-        from tqdm import tqdm
-
         self.json, self.writes = args.json, writes
         self.quiet = args.json or not writes
-        disable = True if self.quiet else None
-        self.bar = tqdm(desc="epoch 1", unit="step", file=sys.stderr, disable=disable, leave=False)
+        self.bar: Any = None
 
     def say(self, text: str, always: bool = False) -> None:
         """A line on stderr, from the first process."""
         if self.writes and (always or not self.quiet):
-            self.bar.clear()
+            if self.bar is not None:
+                self.bar.clear()
             print(text, file=sys.stderr, flush=True)
 
     def step(self, epoch: int, step: int, steps: int, loss: float | None) -> None:
-        """Moves the bar."""
-        if self.bar.disable:
+        """Moves the bar of the epoch."""
+        if self.quiet:
             return
-        self.bar.total = steps
-        if step < self.bar.n:
-            self.bar.reset(steps)
-        self.bar.set_description(f"epoch {epoch + 1}", refresh=False)
+        if self.bar is None:
+            from tqdm import tqdm
+
+            what = f"epoch {epoch + 1}"
+            self.bar = tqdm(
+                desc=what, total=steps, initial=step - 1, unit="step", file=sys.stderr, disable=None, leave=False
+            )
         if loss is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-        self.bar.update(step - self.bar.n)
+        self.bar.update()
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """A line for an epoch."""
+        self.close()
         averaged = "" if row["ema_test_error"] is None else f", averaged {row['ema_test_error']:.2%}"
         self.say(
             f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, error {row['train_error']:.2%}; test loss "
@@ -401,7 +403,9 @@ class _Report:
 
     def close(self) -> None:
         """Takes the bar away."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
     def result(self, facts: Mapping[str, Any]) -> None:
         """What was reached."""
