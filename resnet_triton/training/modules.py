@@ -51,7 +51,7 @@ def run_block(
         geometry += (u.stride, u.padding, u.dilation)
     group = _group(norms)
     gram = _gram(x, units, norms, project, relu and shortcut is not None, group)
-    tensors = distinct(tensors)
+    tensors = [*distinct(tensors)]
     flags = [relu, own, gram, masked_grad, mask_input]
     if functions.differentiating((x, other, *tensors)):
         y, *saved = functions.TrainBlock.apply(x, other, eps, geometry, project, flags, group, *tensors)
