@@ -51,7 +51,7 @@ def test_what_the_page_names_exists() -> None:
         source = "".join((ROOT / path).read_text() for path in re.findall(r"`([^`]+)`", files))
         wanted = re.findall(r"`([^`]+)`", names)
         assert wanted and [n for n in wanted if not re.search(rf"^(?:def|class) {n}\b", source, re.M)] == []
-    inner = re.findall(r"`([\w/]+\.py): (\w+)`", PAGE) + [("training/block.py", "_recomputed")]
+    inner = [*re.findall(r"`([\w/]+\.py): (\w+)`", PAGE), ("training/block.py", "_recomputed")]
     for path, name in inner:
         file = ROOT / path if (ROOT / path).exists() else ROOT / "resnet_triton" / path
         assert f"def {name}(" in file.read_text()
@@ -64,3 +64,38 @@ def test_the_guard_is_the_one_of_the_page() -> None:
     assert "64 * 2^-23 *" in PAGE and "1e-3 * (var_k + eps)" in PAGE
     assert (reference.ROUNDINGS, reference.DOUBTFUL) == (64, 1e-3) == (gram_bn.ULPS, gram_bn.DOUBTFUL)
     assert torch.finfo(torch.float32).eps == 2.0**-23
+
+
+def test_the_diagram_shows_what_a_block_runs() -> None:
+    """The steps of the diagram's block, as planned for an H200 with our kernels everywhere."""
+    from resnet_triton import use_backend
+    from resnet_triton.devices import known_devices
+    from resnet_triton.steps import Recorder
+    from resnet_triton.training import block
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+    def unit(k: int, c: int, r: int) -> block.Unit:
+        gamma = torch.empty(k, device="meta")
+        return block.Unit(tensor(k, c, r, r), gamma, gamma, None, None, 1e-5, (1, r // 2, 1))
+
+    x, units = tensor(256, 256, 56, 56), [unit(64, 256, 1), unit(64, 64, 3), unit(256, 64, 1)]
+    form = block.Form(own_shortcut=True, gram=True, masked_grad=True, mask_input=True)
+    target = known_devices()["NVIDIA H200"]
+    with use_backend("triton"), Recorder(target) as forward:
+        saved = block.forward(x, None, units, None, form)
+    with use_backend("triton"), Recorder(target) as backward:
+        block.backward(saved.y, x, None, units, None, saved, form, block.Needs(True, False, ((True,) * 3,) * 3))
+    ran = [[step.choice.realisation for step in r.steps] for r in (forward, backward)]
+    assert ran[0] == ["conv_stats", "conv_stats", "gram", "expand"]
+    assert ran[1] == ["wgrad", "gram_dgrad", "bn_backward", "wgrad", "dgrad", "wgrad", "dgrad"]
+    (diagram,) = [fence for fence in PAGE.split("```") if fence.lstrip().startswith("forward, downwards")]
+    lines = diagram.splitlines()
+    down = re.findall(r"[│^v] (\w+)", "\n".join(line[:48] for line in lines))
+    up = re.findall(r"│ (\w+)", "\n".join(line[48:] for line in reversed(lines)))
+    for drawn, names in ((down, ran[0]), (up, ran[1])):
+        assert [word for word in drawn if word in names] == names
+    for name, t in zip(("c1", "c2"), saved.raws, strict=True):
+        assert f"[{name} {t.numel() * 2 / 256 / 1e6:.2f}]" in diagram
+    assert f"[y {saved.y.numel() * 2 / 256 / 1e6:.2f}]" in diagram
