@@ -191,9 +191,9 @@ class _Tracer(TorchDispatchMode):
                 *tensors, eps, group = args
                 self._run("train_stem_backward", (grad, *tensors, out, eps, group, [False, True, True, True]), {})
                 continue
-            x, shortcut, tensors, *rest = args
-            needs = [not first, shortcut is not None] + [True] * (3 * len(tensors) // 5)
-            self._run("train_block_backward", (grad, x, shortcut, tensors, out, *rest, needs), {})
+            from .training.ops import backward_arguments
+
+            self._run("train_block_backward", backward_arguments(grad, args, out, not first), {})
 
     def _find(self, tensors: Sequence[object]) -> str | None:
         return next((self.names[id(t)] for t in tensors if id(t) in self.names), None)

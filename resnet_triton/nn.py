@@ -86,7 +86,7 @@ def _apply_modules(
     """A convolution, its normalisation by whichever statistics, an addition and a ReLU."""
     u = unit(conv, norm)
     if uses_batch_statistics(norm):
-        return run_training_block(x, residual, [u], [norm], relu=relu)
+        return run_training_block(x, residual, [u], [norm], relu=relu)[0]
     return _apply(x, u, relu, residual)
 
 
@@ -147,7 +147,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
     Between two stages the block before stores only the pixels that the projection shortcut reads, unless gradients may
     be needed. With ``pool``, only the average of the last output over the image is returned, ``[N, C, 1, 1]``.
     """
-    t = None
+    t = ahead = None
     inference = not torch.is_grad_enabled()
     step = 1  # at which the block before stored x
     for i, (first, rest, before, project, _, norms) in enumerate(blocks):
@@ -161,7 +161,11 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
             units = [first, *rest] if project is None else [first, *rest, project]
             with_project = project is not None
             masks = masks and len(blocks[i - 1].norms) > 0
-            x = run_training_block(x, shortcut, units, norms, with_project, masked_grad=masked, mask_input=masks)
+            following = (blocks[i + 1].first, blocks[i + 1].norms[0]) if masked else None
+            x, ahead = run_training_block(
+                x, shortcut, units, norms, with_project, masked_grad=masked, mask_input=masks, ahead=ahead,
+                following=following,
+            )  # fmt: skip
             if pool and last:
                 x = x.mean((2, 3), keepdim=True)
             continue

@@ -64,6 +64,7 @@ class Form:
         relu: whether a ReLU comes last.
         own_shortcut: the shortcut is the block's input.
         gram: the last convolution and the projection are in the Gram form.
+        following: the next block's first convolution is computed as well, from the output while it is at hand.
         masked_grad: the gradient that comes in is zero wherever the output is.
         mask_input: the gradient that goes out may be zeroed wherever the input is zero: the input came from a ReLU.
         group: name of the process group that shares batch statistics, or ``""``.
@@ -74,6 +75,7 @@ class Form:
     gram: bool = False
     masked_grad: bool = False
     mask_input: bool = False
+    following: bool = False
     group: str = ""
 
 
@@ -86,6 +88,13 @@ def may_be_gram(units: Sequence[Unit], project: Unit | None, form: Form) -> bool
     ends = [last] if project is None else [last, project]
     small = all(u.pointwise and u.by_batch and u.weight.shape[1] <= MOST_GRAM_CHANNELS for u in ends)
     return expands and small
+
+
+class Ahead(NamedTuple):
+    """What the block before computed of a block: the raw output of its first convolution, and its stats."""
+
+    raw: Tensor
+    stats: Tensor
 
 
 class Saved(NamedTuple):
@@ -125,8 +134,25 @@ def saved_of(flat: Sequence[Tensor], n: int, project: bool, gram: bool) -> Saved
     )
 
 
-def forward(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: Unit | None, form: Form) -> Saved:
-    """A block's output and what its backward needs.
+def given(saved: Sequence[Tensor], ahead: Sequence[Tensor], n: int, form: Form) -> list[Tensor]:
+    """What :meth:`Saved.flat` lists, of what an operator returned for a block of ``n`` units and was given ahead."""
+    flat = list(saved[: len(saved) - 2 * form.following])
+    if not ahead:
+        return flat
+    stored = n - form.gram
+    return [flat[0], ahead[0], *flat[1:stored], ahead[1], *flat[stored:]]
+
+
+def forward(
+    x: Tensor,
+    shortcut: Tensor | None,
+    units: Sequence[Unit],
+    project: Unit | None,
+    form: Form,
+    ahead: Ahead | None = None,
+    following: Unit | None = None,
+) -> tuple[Saved, Ahead | None]:
+    """A block's output and what its backward needs, and what can be computed ahead of the next block.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -134,11 +160,13 @@ def forward(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: 
         units: of the main path.
         project: of the shortcut.
         form: see :class:`Form`.
+        ahead: what the block before computed of this one, or None.
+        following: the next block's first convolution, pointwise and with batch statistics, or None.
     """
     added = x if form.own_shortcut else shortcut
     h, raws, stats = Lazy(x), [], []
-    for u in units[: len(units) - form.gram]:
-        c, its = _unit(h, u, form.group)
+    for i, u in enumerate(units[: len(units) - form.gram]):
+        c, its = ahead if i == 0 and ahead is not None else _unit(h, u, form.group)
         raws.append(c)
         stats.append(its)
         h = Lazy(c, its)
@@ -149,7 +177,8 @@ def forward(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: 
             raw_project, stats_project = _unit(Lazy(added), project, form.group)
             added = raw_project
         y = steps.bn_apply(raws[-1], stats[-1], added, stats_project, form.relu)
-        return Saved(y, raws, raw_project, [], stats, stats_project)
+        then = None if following is None else Ahead(*_unit(Lazy(y), following, form.group))
+        return Saved(y, raws, raw_project, [], stats, stats_project), then
     assert added is not None
     last = units[-1]
     s2, s1, its = _gram(h, last)
@@ -161,9 +190,12 @@ def forward(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: 
         through = (project, stats_project)
     if guard.doubts(last.weight) or (project is not None and guard.doubts(project.weight)):
         stats[-1], through, y = _recomputed(h, added, last, project)
+        then = None
     else:
-        y = steps.expand(h, last.weight, stats[-1], added, through)
-    return Saved(y, raws, None, grams, stats, None if through is None else through[1])
+        y, then = steps.expand(h, last.weight, stats[-1], added, through, following)
+    if following is not None and then is None:
+        then = Ahead(*_unit(Lazy(y), following, form.group))
+    return Saved(y, raws, None, grams, stats, None if through is None else through[1]), then
 
 
 def _unit(h: Lazy, u: Unit, group: str) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import ops as _ops  # noqa: F401  (defines the operators)
+from .block import Form, given
 
 ops = torch.ops.resnet_triton
 
@@ -27,22 +28,30 @@ def refuse_second_derivatives() -> None:
 
 
 class TrainBlock(Function):
-    """``(x, shortcut, eps, geometry, project, flags, group, *tensors) -> (y, stats...)``.
+    """``(x, shortcut, eps, geometry, project, flags, group, ahead_raw, ahead_stats, *tensors) -> (y, ...)``.
 
-    Arguments as ``torch.ops.resnet_triton.train_block``. ``stats`` are those of each unit, the projection's last; they
-    are not differentiable.
+    Arguments and results as of ``torch.ops.resnet_triton.train_block``. Only y is differentiable. What was computed
+    ahead is a value here, and what follows too: the gradients of that convolution are the next block's.
     """
 
     @staticmethod
-    def forward(x, shortcut, eps, geometry, project, flags, group, *tensors):
+    def forward(x, shortcut, eps, geometry, project, flags, group, ahead_raw, ahead_stats, *tensors):
+        ahead = [] if ahead_raw is None else [ahead_raw, ahead_stats]
         return tuple(
-            ops.train_block(x, shortcut, list(tensors), list(eps), list(geometry), project, list(flags), group)
+            ops.train_block(x, shortcut, list(tensors), list(eps), list(geometry), project, list(flags), group, ahead)
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, shortcut, ctx.eps, ctx.geometry, ctx.project, ctx.flags, ctx.group, *tensors = inputs
-        ctx.save_for_backward(x, shortcut, *tensors, *output)
+        x, shortcut, eps, geometry, ctx.project, ctx.flags, ctx.group, raw, stats, *tensors = inputs
+        following = ctx.flags[-1]
+        ctx.following = following
+        n = len(eps) - following
+        ctx.eps, ctx.geometry = eps[:n], geometry[: 3 * n]
+        main = n - ctx.project
+        form = Form(gram=ctx.flags[2], following=following)
+        saved = given(output, [] if raw is None else [raw, stats], main, form)
+        ctx.save_for_backward(x, shortcut, *tensors[: 5 * n], *saved)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -53,10 +62,10 @@ class TrainBlock(Function):
         x, shortcut, *rest = ctx.saved_tensors
         tensors, saved = rest[: 5 * n], rest[5 * n :]
         if grad is None:
-            return (None,) * (7 + 5 * n)
+            return (None,) * (9 + 5 * (n + ctx.following))
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1]]
         for i in range(n):
-            needs += ctx.needs_input_grad[7 + 5 * i : 10 + 5 * i]
+            needs += ctx.needs_input_grad[9 + 5 * i : 12 + 5 * i]
         dx, dshortcut, *found = ops.train_block_backward(
             grad, x, shortcut, tensors, saved, list(ctx.eps), list(ctx.geometry), ctx.project, list(ctx.flags),
             ctx.group, needs,
@@ -65,7 +74,8 @@ class TrainBlock(Function):
         for i in range(n):
             three = [g if need else None for g, need in zip(found[3 * i : 3 * i + 3], needs[2 + 3 * i :], strict=False)]
             grads += [*three, None, None]
-        return (dx if needs[0] else None, dshortcut if needs[1] else None, None, None, None, None, None, *grads)
+        grads += [None] * (5 * ctx.following)
+        return (dx if needs[0] else None, dshortcut if needs[1] else None, *[None] * 7, *grads)
 
 
 class TrainStem(Function):

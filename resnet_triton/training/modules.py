@@ -28,7 +28,9 @@ def run_block(
     relu: bool = True,
     masked_grad: bool = False,
     mask_input: bool = False,
-) -> Tensor:
+    ahead: tuple[Tensor, Tensor] | None = None,
+    following: tuple[ConvBN, Norm] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """A block, or a single convolution with its BN, some of whose BN have batch statistics; updates their buffers.
 
     Args:
@@ -39,6 +41,11 @@ def run_block(
         project: whether there is a projection.
         relu: whether a ReLU comes last.
         masked_grad, mask_input: see :class:`.block.Form`.
+        ahead: what the block before returned.
+        following: the next block's first convolution and its BN, which may be computed together with this block's end.
+
+    Returns:
+        The output; and raw output and stats of what follows, or None where the next block has to compute them.
     """
     own = shortcut is x
     x, other = _cast(x), None if own or shortcut is None else _cast(shortcut)
@@ -51,14 +58,23 @@ def run_block(
         geometry += (u.stride, u.padding, u.dilation)
     group = _group(norms)
     gram = _gram(x, units, norms, project, relu and shortcut is not None, group)
+    n, follows = len(units), gram and following is not None and _may_follow(*following)
+    if follows and following is not None:
+        u, norm = following
+        tensors += _tensors(u, norm, x)
+        eps.append(u.eps)
+        geometry += (u.stride, u.padding, u.dilation)
     tensors = [*distinct(tensors)]
-    flags = [relu, own, gram, masked_grad, mask_input]
-    if functions.differentiating((x, other, *tensors)):
-        y, *saved = functions.TrainBlock.apply(x, other, eps, geometry, project, flags, group, *tensors)
+    flags = [relu, own, gram, masked_grad, mask_input, follows]
+    before = (None, None) if ahead is None else ahead
+    if functions.differentiating((x, other, *tensors[: 5 * n])):
+        out = functions.TrainBlock.apply(x, other, eps, geometry, project, flags, group, *before, *tensors)
     else:
-        y, *saved = functions.ops.train_block(x, other, tensors, eps, geometry, project, flags, group)
-    n = len(units)
+        known = [] if ahead is None else list(ahead)
+        out = functions.ops.train_block(x, other, tensors, eps, geometry, project, flags, group, known)
+    then = (out[-2], out[-1]) if follows else None
     main = n - project
+    y, *saved = blocks.given(out, [] if ahead is None else ahead, main, Form(gram=gram, following=follows))
     first = main - gram  # behind the raw outputs come the stats, the projection's behind its raw output
     stats = [*saved[first : first + main]]
     if project:
@@ -66,7 +82,12 @@ def run_block(
     sizes = [_pixels(saved[i]) for i in range(first)]
     sizes += [_pixels(y)] * (n - first)
     update_running(norms, stats, sizes, [u.bias for u in units])
-    return y
+    return y, then
+
+
+def _may_follow(u: ConvBN, norm: Norm) -> bool:
+    """Whether a convolution can be computed together with the end of the block before it."""
+    return u.weight.shape[2:] == (1, 1) and (u.stride, u.padding) == (1, 0) and uses_batch_statistics(norm)
 
 
 def _pixels(c: Tensor) -> int:

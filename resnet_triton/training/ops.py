@@ -16,15 +16,15 @@ from ..functional import autocast_dtype
 from ..ops import FAKES, IMPLEMENTATIONS, library
 from ..steps import channels_last, check_sizes, conv_out_shape, new_channels_last
 from . import block, stem
-from .block import Form, Needs, Saved, Unit
+from .block import Ahead, Form, Needs, Saved, Unit
 from .reference import wide
 
 UNIT = ("weight", "gamma", "beta", "mean", "var")
-FLAGS = ("relu", "own_shortcut", "gram", "masked_grad", "mask_input")
+FLAGS = ("relu", "own_shortcut", "gram", "masked_grad", "mask_input", "following")
 
 library.define(
     "train_block(Tensor x, Tensor? shortcut, Tensor?[] tensors, float[] eps, int[] geometry, bool project, "
-    "bool[] flags, str group) -> Tensor[]"
+    "bool[] flags, str group, Tensor[] ahead) -> Tensor[]"
 )
 library.define(
     "train_block_backward(Tensor grad, Tensor x, Tensor? shortcut, Tensor?[] tensors, Tensor[] saved, float[] eps, "
@@ -116,18 +116,67 @@ def _uncast(f: Callable) -> Callable:
 
 
 @_uncast
-def train_block(x, shortcut, tensors, eps, geometry, project, flags, group):
-    """Implementation of ``torch.ops.resnet_triton.train_block``: output and what the backward needs."""
-    units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
-    _check(x, shortcut, units, projection, form)
+def train_block(x, shortcut, tensors, eps, geometry, project, flags, group, ahead):
+    """Implementation of ``torch.ops.resnet_triton.train_block``.
+
+    The output and what the backward needs besides the inputs, which :func:`.block.given` puts together; then, with the
+    flag ``following``, raw output and stats of the last of ``tensors``' units, which reads this block's output.
+    """
+    units, following, projection, form = _forward_parts(tensors, eps, geometry, project, flags, group)
+    shapes = _check(x, shortcut, units, projection, form)
+    _check_ahead(ahead, units, shapes, following)
     x = channels_last(x)
     shortcut = None if shortcut is None else channels_last(shortcut)
-    return block.forward(x, shortcut, units, projection, form).flat()
+    known = Ahead(*ahead) if ahead else None
+    saved, then = block.forward(x, shortcut, units, projection, form, known, following)
+    flat = saved.flat()
+    if known is not None:  # an operator's results are its own
+        stored = len(units) - form.gram
+        flat = [flat[0], *flat[2 : 1 + stored], *flat[2 + stored :]]
+    return flat if then is None else [*flat, *then]
 
 
-def _fake_train_block(x, shortcut, tensors, eps, geometry, project, flags, group):
-    units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
+def _forward_parts(tensors, eps, geometry, project, flags, group):
+    """Units, what follows them or None, projection or None, and form."""
+    if not flags[FLAGS.index("following")]:
+        units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
+        return units, None, projection, form
+    following = units_of(tensors[-5:], eps[-1:], geometry[-3:])[0]
+    units, projection, form = _parts(tensors[:-5], eps[:-1], geometry[:-3], project, flags, group)
+    return units, following, projection, form
+
+
+def _check_ahead(
+    ahead: Sequence[Tensor], units: Sequence[Unit], shapes: Sequence[tuple], following: Unit | None
+) -> None:
+    if ahead and (len(ahead) != 2 or tuple(ahead[0].shape) != shapes[0]):
+        raise ValueError(
+            f"ahead must be the first unit's raw output {shapes[0]} and its stats, got {len(ahead)} tensors"
+        )
+    if following is None:
+        return
+    k, last = following.weight.shape[1], shapes[len(units) - 1][1]
+    if not following.pointwise or following.geometry[0] != 1 or not following.by_batch or k != last:
+        raise ValueError(
+            f"what follows must be a 1x1 convolution of stride 1 on {last} channels with batch statistics, "
+            f"got a weight {tuple(following.weight.shape)} with stride, padding, dilation {following.geometry}"
+        )
+
+
+def backward_arguments(grad: Tensor, forward: Sequence, out: Sequence[Tensor], need_x: bool) -> tuple:
+    """Arguments of ``train_block_backward`` that ask for every gradient, from the forward's arguments and results."""
+    x, shortcut, tensors, eps, geometry, project, flags, group, ahead = forward
+    form = Form(**dict(zip(FLAGS, flags, strict=True)))
+    n = len(eps) - form.following
+    saved = block.given(out, ahead, n - project, form)
+    needs = [need_x, shortcut is not None] + [True] * (3 * n)
+    return (grad, x, shortcut, tensors[: 5 * n], saved, eps[:n], geometry[: 3 * n], project, flags, group, needs)
+
+
+def _fake_train_block(x, shortcut, tensors, eps, geometry, project, flags, group, ahead):
+    units, following, projection, form = _forward_parts(tensors, eps, geometry, project, flags, group)
     shapes = _check(x, shortcut, units, projection, form)
+    _check_ahead(ahead, units, shapes, following)
     n, vector = len(units), wide(x.dtype)
     projections = [] if projection is None else [projection]
 
@@ -143,7 +192,15 @@ def _fake_train_block(x, shortcut, tensors, eps, geometry, project, flags, group
         new_channels_last(x, *shapes[n - 1]), raws[: n - form.gram], raws[n] if project and not form.gram else None,
         grams, stats[:n], stats[n] if project else None,
     )  # fmt: skip
-    return saved.flat()
+    flat = saved.flat()
+    if ahead:
+        stored = n - form.gram
+        flat = [flat[0], *flat[2 : 1 + stored], *flat[2 + stored :]]
+    if following is not None:
+        k = following.weight.shape[0]
+        size, _, p, q = shapes[n - 1]
+        flat += [new_channels_last(x, size, k, p, q), new(rows, k)]
+    return flat
 
 
 def _needs(flat: Sequence[bool], shortcut: Tensor | None) -> Needs:

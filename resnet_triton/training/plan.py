@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import cost
+from ..backend import chains_allowed
 from ..devices import Target
 from ..kernels.config import ConvConfig
 from ..kernels.geometry import ConvShape, cdiv
@@ -43,6 +44,7 @@ class Work:
         moments: statistics of the result are taken.
         project: of a projected shortcut, or None.
         residual_stride: of what is added to a gradient, 0 for nothing.
+        following: filters of the next block's first 1x1 that is computed with this step, or 0.
         moved: bytes of a pass.
     """
 
@@ -53,6 +55,7 @@ class Work:
     moments: bool = False
     project: ConvShape | None = None
     residual_stride: int = 0
+    following: int = 0
     moved: int = 0
 
 
@@ -117,6 +120,21 @@ def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backe
     return Choice(work.step, config, text, ours.us, limit=ours.limit)
 
 
+@functools.lru_cache(maxsize=1024)
+def chains(work: Work, filters: int, dtype: torch.dtype, precision: str, target: Target, backend: str) -> bool:
+    """Whether ``expand`` computes the next block's first 1x1 of so many filters too, instead of a step behind it."""
+    both = replace(work, following=filters)
+    if not chains_allowed() or refusal_of_products(both, dtype, precision, target) is not None:
+        return False
+    if not target.is_cuda:
+        return backend == "triton"
+    s = work.shape
+    assert s is not None
+    behind = Work("conv_stats", ConvShape(s.n, s.p, s.q, s.k, filters), moments=True)
+    apart = [choose(w, dtype, precision, target, backend).predicted_us or 0.0 for w in (work, behind)]
+    return (choose(both, dtype, precision, target, backend).predicted_us or 0.0) <= sum(apart)
+
+
 def alone(work: Work, dtype: torch.dtype, precision: str, target: Target, choice: Choice) -> Choice:
     """The library's choice with the time of ``work`` only, which has less to do than what was chosen for."""
     if not target.is_cuda or _unrated(dtype):
@@ -154,7 +172,7 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
     elif work.step == "expand":
         from ..kernels.expand import expand_configs
 
-        found = expand_configs(shape, size, work.project)
+        found = expand_configs(shape, size, work.project, work.following)
     elif work.step == "gram_dgrad":
         from ..kernels.gram_dgrad import gram_dgrad_configs
 
@@ -179,6 +197,7 @@ def predict(
     size, over_pixels = dtype.itemsize, work.step in OVER_PIXELS
     rows, columns, depth = gemm(work)
     macs = rows * columns * depth + (work.project.macs if work.project is not None else 0)
+    macs += rows * columns * work.following
     tile_rows, tile_columns = (config.bn, config.bk) if over_pixels else (config.bm, config.bn)
     tiles = cdiv(rows, tile_rows) * cdiv(columns, tile_columns)
     loaded: float = tiles * depth * (tile_rows * (1 + work.backward) + tile_columns)
@@ -232,7 +251,8 @@ def moved_bytes(work: Work, dtype: torch.dtype) -> int:
         return x
     if work.step == "gram_dgrad":
         return y + 2 * x + w
-    return expand_bytes(s, size, work.project) + w  # expand
+    then = work.following * (s.m + s.k) * size
+    return expand_bytes(s, size, work.project) + w + then  # expand
 
 
 def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: Target) -> cost.Prediction:
@@ -312,6 +332,11 @@ def parts_of(kernel: str, shape: ConvShape, choice: Choice, target: Target, resi
     from ..kernels.stem_train import stem_stats_parts
 
     return stem_stats_parts(shape, config)
+
+
+def parts_of_following(shape: ConvShape, config: ConvConfig, target: Target) -> int:
+    """Parts of the statistics of what follows ``expand``: about two a multiprocessor, no more than tiles."""
+    return min(2 * (target.multiprocessors or 4), cdiv(shape.m, config.bm))
 
 
 def rows_of_parts(kernel: str, sizes: Sequence[int], choice: Choice) -> int:

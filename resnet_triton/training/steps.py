@@ -7,6 +7,7 @@ function of the same name in :mod:`.reference`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -254,19 +255,46 @@ def gram_stats(
 
 
 def expand(
-    h: Lazy, weight: Tensor, stats: Tensor, shortcut: Tensor | None, project: tuple[Any, Tensor] | None
-) -> Tensor:
-    """``relu(bn(conv(h)) + shortcut)`` with statistics known before; ``project`` is a unit and its stats."""
+    h: Lazy,
+    weight: Tensor,
+    stats: Tensor,
+    shortcut: Tensor | None,
+    project: tuple[Any, Tensor] | None,
+    following: Any = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """``relu(bn(conv(h)) + shortcut)`` with statistics known before; ``project`` is a unit and its stats.
+
+    Where one kernel for both is predicted to be faster, also the raw output of ``following``, a unit that reads the
+    result, and its stats; else None.
+    """
     x = h.raw
     shape, out_shape = conv_geometry(x.shape, weight.shape, 1, 0, 1)
     assert shortcut is not None
     projection = None
     if project is not None:
         projection, _ = conv_geometry(shortcut.shape, project[0].weight.shape, *project[0].geometry)
-    choice = _choose(plan.Work("expand", shape, project=projection), x)
+    work = plan.Work("expand", shape, project=projection)
+    filters = 0 if following is None else following.weight.shape[0]
+    if filters and plan.chains(work, filters, x.dtype, _precision(x), target_for(x), backend.current_backend()):
+        work = replace(work, following=filters)
+    choice = _choose(work, x)
+    chained = choice.fused and work.following > 0
+    n, _, p, q = out_shape
 
-    def launch(y: Tensor) -> None:
-        from ..kernels.expand import Project, launch_expand
+    def allocate() -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, None, None]:
+        y = new_channels_last(x, *out_shape)
+        if not chained:
+            return y, None, None
+        rows = plan.parts_of_following(shape, choice.tiling, target_for(x))
+        return y, new_channels_last(x, n, filters, p, q), _vector(x, rows, 3, filters)
+
+    def launch(out: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        from ..kernels.expand import Following, Project, launch_expand
+
+        y, c, parts = out
+        then = None
+        if c is not None and parts is not None:
+            then = Following(_krsc(following.weight, x).view(filters, shape.k), nhwc(c), parts)
 
         flat = _krsc(weight, x).view(shape.k, shape.c)
         addend: Any = nhwc(shortcut)
@@ -275,17 +303,21 @@ def expand(
             wd = _krsc(u.weight, x).view(shape.k, projection.c)
             addend = Project(addend, wd, its[reference.SCALE], its[reference.SHIFT], projection.stride)
         launch_expand(
-            nhwc(x), _prologue(h), flat, _prologue(Lazy(x, stats)), addend, nhwc(y), choice.tiling, _precision(x)
+            nhwc(x), _prologue(h), flat, _prologue(Lazy(x, stats)), addend, nhwc(y), choice.tiling, _precision(x), then
         )
 
-    def eager() -> Tensor:
+    def eager() -> tuple[Tensor, None, None]:
         through = None
         if project is not None:
             through = (_weight(project[0].weight, x), project[1], project[0].geometry[0])
-        return _last(reference.expand(h, _weight(weight, x), stats, shortcut, through))
+        return _last(reference.expand(h, _weight(weight, x), stats, shortcut, through)), None, None
 
-    moved = plan.expand_bytes(shape, x.element_size(), projection)
-    return _run("expand", choice, x, lambda: new_channels_last(x, *out_shape), launch, eager, moved, weight, shape)
+    moved = plan.expand_bytes(shape, x.element_size(), projection) + shape.m * work.following * x.element_size()
+    op = "expand+fprop" if chained else "expand"
+    y, c, parts = _run(op, choice, x, allocate, launch, eager, moved, weight, shape)
+    if c is None or parts is None:
+        return y, None
+    return y, (c, finalise(parts, following.gamma, following.beta, following.eps, ""))
 
 
 # Backward
