@@ -161,10 +161,10 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
             units = [first, *rest] if project is None else [first, *rest, project]
             with_project = project is not None
             masks = masks and len(blocks[i - 1].norms) > 0
-            following = (blocks[i + 1].first, blocks[i + 1].norms[0]) if masked else None
+            upcoming = (blocks[i + 1].first, blocks[i + 1].norms[0]) if masked else None
             x, ahead = run_training_block(
                 x, shortcut, units, norms, with_project, masked_grad=masked, mask_input=masks, ahead=ahead,
-                following=following,
+                following=upcoming,
             )  # fmt: skip
             if pool and last:
                 x = x.mean((2, 3), keepdim=True)

@@ -192,7 +192,8 @@ def forward(
         stats[-1], through, y = _recomputed(h, added, last, project)
         then = None
     else:
-        y, then = steps.expand(h, last.weight, stats[-1], added, through, following)
+        y, found = steps.expand(h, last.weight, stats[-1], added, through, following)
+        then = None if found is None else Ahead(*found)
     if following is not None and then is None:
         then = Ahead(*_unit(Lazy(y), following, form.group))
     return Saved(y, raws, None, grams, stats, None if through is None else through[1]), then

@@ -146,13 +146,9 @@ def _forward_parts(tensors, eps, geometry, project, flags, group):
     return units, following, projection, form
 
 
-def _check_ahead(
-    ahead: Sequence[Tensor], units: Sequence[Unit], shapes: Sequence[tuple], following: Unit | None
-) -> None:
+def _check_ahead(ahead, units: Sequence[Unit], shapes: Sequence[tuple], following: Unit | None) -> None:
     if ahead and (len(ahead) != 2 or tuple(ahead[0].shape) != shapes[0]):
-        raise ValueError(
-            f"ahead must be the first unit's raw output {shapes[0]} and its stats, got {len(ahead)} tensors"
-        )
+        raise ValueError(f"ahead must be the first raw output {shapes[0]} and its stats, got {len(ahead)} tensors")
     if following is None:
         return
     k, last = following.weight.shape[1], shapes[len(units) - 1][1]

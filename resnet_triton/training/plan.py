@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .. import cost
-from ..backend import chains_allowed
 from ..devices import Target
 from ..kernels.config import ConvConfig
 from ..kernels.geometry import ConvShape, cdiv
@@ -124,7 +123,7 @@ def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backe
 def chains(work: Work, filters: int, dtype: torch.dtype, precision: str, target: Target, backend: str) -> bool:
     """Whether ``expand`` computes the next block's first 1x1 of so many filters too, instead of a step behind it."""
     both = replace(work, following=filters)
-    if not chains_allowed() or refusal_of_products(both, dtype, precision, target) is not None:
+    if refusal_of_products(both, dtype, precision, target) is not None:
         return False
     if not target.is_cuda:
         return backend == "triton"

@@ -275,7 +275,8 @@ def expand(
         projection, _ = conv_geometry(shortcut.shape, project[0].weight.shape, *project[0].geometry)
     work = plan.Work("expand", shape, project=projection)
     filters = 0 if following is None else following.weight.shape[0]
-    if filters and plan.chains(work, filters, x.dtype, _precision(x), target_for(x), backend.current_backend()):
+    asked = work, filters, x.dtype, _precision(x), target_for(x), backend.current_backend()
+    if filters and backend.chains_allowed() and plan.chains(*asked):
         work = replace(work, following=filters)
     choice = _choose(work, x)
     chained = choice.fused and work.following > 0
