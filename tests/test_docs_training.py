@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 import resnet_triton
+from resnet_triton.explain import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/training.md").read_text()
@@ -73,9 +74,15 @@ def test_the_guard_is_the_one_of_the_page() -> None:
 def test_the_diagram_shows_what_a_block_runs() -> None:
     """The steps of the diagram's block between two others, as planned for an H200 with our kernels everywhere."""
     three = resnet_triton.convert(nn.Sequential(*(Bottleneck(256, 64) for _ in range(3))).train())
-    with resnet_triton.use_backend("triton", chains=False):
-        plan = resnet_triton.explain(three, (256, 256, 56, 56), dtype=torch.bfloat16, device="NVIDIA H200")
-    ran = [row.realisation for row in plan.rows if row.name.startswith("1.") and row.realisation != "aten"]
+
+    def rows(chains: bool) -> list[Row]:
+        with resnet_triton.use_backend("triton", chains=chains):
+            plan = resnet_triton.explain(three, (256, 256, 56, 56), dtype=torch.bfloat16, device="NVIDIA H200")
+        return [row for row in plan.rows if row.name.startswith("1.") and row.realisation != "aten"]
+
+    chained = [row.op.split()[0] for row in rows(chains=True)]
+    assert "expand+fprop" in chained and chained.count("fprop") == 1
+    ran = [row.realisation for row in rows(chains=False)]
     forward, backward = ran[:4], ran[4:]
     assert forward == ["conv_stats", "conv_stats", "gram", "expand"]
     assert backward == ["wgrad", "gram_dgrad", "bn_backward", "wgrad", "dgrad", "wgrad", "dgrad"]
