@@ -90,7 +90,7 @@ class Plan:
     """What :func:`explain` returns; ``str()`` is the table.
 
     Args:
-        rows: steps in the order of execution.
+        rows: steps in the order of execution; of a model with batch statistics, its backward's too.
         device: the device planned for.
         dtype: dtype of the activations.
         input_shape: of the images.
@@ -105,12 +105,12 @@ class Plan:
 
     @property
     def bytes_per_image(self) -> float:
-        """Bytes of activations through device memory of one forward, divided by the batch."""
+        """Bytes of activations through device memory of these steps, divided by the batch."""
         return sum(row.bytes - row.weight_bytes for row in self.rows) / max(1, self.input_shape[0])
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights through device memory of one forward."""
+        """Bytes of weights through device memory of these steps."""
         return sum(row.weight_bytes for row in self.rows)
 
     @property
@@ -159,6 +159,7 @@ class _Tracer(TorchDispatchMode):
         self.steps: list[tuple[str, Step]] = []
         self.tails: list[tuple[str, Tail]] = []
         self.trained: list[tuple[str, tuple, list[Tensor]]] = []  # operators of training, their arguments and results
+        self.backward_rows = 0
         self.place = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -185,6 +186,7 @@ class _Tracer(TorchDispatchMode):
 
     def go_back(self) -> None:
         """Adds the steps of the backwards of training's operators, the last operator's first."""
+        forward_rows = len(self.rows)
         for i, (name, args, out) in reversed(list(enumerate(self.trained))):
             grad, first = torch.empty_like(out[0]), i == 0
             if name == "train_stem":
@@ -194,6 +196,7 @@ class _Tracer(TorchDispatchMode):
             from .training.ops import backward_arguments
 
             self._run("train_block_backward", backward_arguments(grad, args, out, not first), {})
+        self.backward_rows = len(self.rows) - forward_rows
 
     def _find(self, tensors: Sequence[object]) -> str | None:
         return next((self.names[id(t)] for t in tensors if id(t) in self.names), None)
@@ -304,6 +307,8 @@ def explain(
     """
     tracer, dtype = _trace(model, input_shape, dtype, device)
     backward = f"{library_of(tracer.target)}: PyTorch's operators, behind the autograd.Functions of the fused steps"
+    if tracer.trained:
+        backward = f"the last {tracer.backward_rows} steps; PyTorch's operators where statistics are constant"
     name = str(dtype).removeprefix("torch.")
     return Plan(tuple(tracer.rows), tracer.target.name, name, tuple(input_shape), backward)
 
@@ -346,7 +351,9 @@ def _trace(
             fake = fake.to(dtype)
         fakes[name] = fake
         names[id(fake)] = name.rpartition(".")[0]
-    tracer = _Tracer(target, dtype, names, reasons_not_fused(model))
+    with planning_for_cuda(target.is_cuda):
+        reasons = reasons_not_fused(model)
+    tracer = _Tracer(target, dtype, names, reasons)
     with mode, torch.no_grad():
         x = torch.empty(shape, dtype=getattr(model, "input_dtype", dtype), device=first.device)
         try:
