@@ -1,4 +1,4 @@
-"""What a tuned file holds: measured convolutions and chains as records, read back with every value checked.
+"""What a tuned file holds: measured convolutions, chains and steps of training as records, every value checked.
 
 A record is data only: no value of it can name code, and none is used before its type and range are known.
 """
@@ -6,11 +6,14 @@ A record is data only: no value of it can name code, and none is used before its
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from .kernels.config import CHAIN_KERNELS, KERNELS, ROLLING_KERNELS, ConvConfig
+from .kernels.config import CHAIN_KERNELS, KERNELS, MOST_WGRAD_SPLITS, ROLLING_KERNELS, ConvConfig
 from .kernels.geometry import ChainShape, ConvShape
+
+if TYPE_CHECKING:
+    from .training.plan import Work
 
 DTYPES = ("float32", "float16", "bfloat16")
 CHAIN_DTYPES = ("float16", "bfloat16")  # the tiles of a chain in fp32 fit no multiprocessor
@@ -139,8 +142,65 @@ class ChainEntry:
         return cls(shape, data["dtype"], **_measured(data, where, CHAIN_KERNELS))
 
 
-AnyEntry = Entry | ChainEntry
-E = TypeVar("E", Entry, ChainEntry)
+@dataclass(frozen=True)
+class TrainEntry:
+    """One measured step of training.
+
+    Args:
+        work, dtype: what was measured (dtype name without ``torch.``).
+        config: the fastest configuration of ours.
+        us: its time, microseconds.
+        library_us: time of the library and the passes that it needs besides, microseconds; 0 where there is none.
+        precision: ``"tf32"`` or ``"ieee"`` for float32, else ``""``.
+        versions: of torch, triton and cuDNN at the measurement.
+    """
+
+    work: Work
+    dtype: str
+    config: ConvConfig
+    us: float
+    library_us: float
+    precision: str = ""
+    versions: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def batch(self) -> int:
+        """Images at the measurement."""
+        assert self.work.shape is not None
+        return self.work.shape.n
+
+    @property
+    def key(self) -> tuple:
+        """What a file holds at most once."""
+        return self.work, self.dtype, self.precision
+
+    def is_of(self, work: Work, dtype: str, precision: str) -> bool:
+        """Whether it measured this step, at any batch."""
+        return (self.dtype, self.precision) == (dtype, precision) and _one_image(self.work) == _one_image(work)
+
+    def to_dict(self) -> dict:
+        """A JSON-ready dict."""
+        work = asdict(self.work)
+        del work["moved"]  # of steps that only move bytes, which have no configurations
+        return {**asdict(self), "work": work, "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict, where: str = "entry") -> TrainEntry:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: naming the value (``where`` and its path) and what is allowed.
+        """
+        check_keys(data, where, ("work", "dtype", "precision", "config", "us", "library_us", "versions"))
+        work = work_of(data["work"], f"{where}.work")
+        _choice(data["dtype"], f"{where}.dtype", DTYPES)
+        _choice(data["precision"], f"{where}.precision", PRECISIONS if data["dtype"] == "float32" else ("",))
+        measured = _measured(data, where, work.kernels, work.has_library)
+        return cls(work, data["dtype"], precision=data["precision"], **measured)
+
+
+AnyEntry = Entry | ChainEntry | TrainEntry
+E = TypeVar("E", Entry, ChainEntry, TrainEntry)
 
 
 def nearest(entries: Iterable[E], batch: int) -> E | None:
@@ -156,6 +216,12 @@ def _without_batch(shape: ConvShape) -> tuple[int, ...]:
 def _chain_without_batch(shape: ChainShape) -> tuple:
     parts = (shape.first, shape.conv, shape.expand, shape.project, shape.reduce)
     return shape.subsample, *(part and _without_batch(part) for part in parts)
+
+
+def _one_image(work: Work) -> Work:
+    assert work.shape is not None
+    project = work.project and replace(work.project, n=1)
+    return replace(work, shape=replace(work.shape, n=1), project=project)
 
 
 # Checking what a file says
@@ -204,6 +270,27 @@ def chain_shape_of(data: Any, where: str = "shape") -> ChainShape:
         raise ValueError(f"{where}: {error}") from None
 
 
+def work_of(data: Any, where: str = "work") -> Work:
+    """A step of training with products, as ``dataclasses.asdict`` writes one.
+
+    Raises:
+        ValueError: naming the value (``where`` and its path) and what is allowed.
+    """
+    from .training.plan import TUNED_STEPS, Work
+
+    flags = ("prologue", "backward", "moments")
+    check_keys(data, where, ("step", "shape", *flags, "project", "residual_stride", "following"))
+    _choice(data["step"], f"{where}.step", TUNED_STEPS)
+    for name in flags:
+        if not isinstance(data[name], bool):
+            refuse(f"{where}.{name}", data[name], "true or false")
+    check_whole(data["residual_stride"], f"{where}.residual_stride", 0, 2)
+    check_whole(data["following"], f"{where}.following", 0, _SIZES["k"][1])
+    shape = _conv_shape(data["shape"], f"{where}.shape")
+    project = None if data["project"] is None else _conv_shape(data["project"], f"{where}.project")
+    return Work(**{**data, "shape": shape, "project": project})
+
+
 def _listed(values: Iterable[str]) -> str:
     return ", ".join(repr(value) for value in values)
 
@@ -224,9 +311,13 @@ def _conv_shape(data: Any, where: str) -> ConvShape:
     return shape
 
 
-def _measured(data: dict, where: str, kernels: Sequence[str]) -> dict[str, Any]:
-    """What the entries of convolutions and of chains have in common, checked."""
-    found: dict[str, Any] = {name: _microseconds(data[name], f"{where}.{name}") for name in ("us", "library_us")}
+def _measured(data: dict, where: str, kernels: Sequence[str], library: bool = True) -> dict[str, Any]:
+    """What entries have in common, checked; without a library its time is 0."""
+    found: dict[str, Any] = {"us": _microseconds(data["us"], f"{where}.us"), "library_us": 0.0}
+    if library:
+        found["library_us"] = _microseconds(data["library_us"], f"{where}.library_us")
+    elif type(data["library_us"]) not in (int, float) or data["library_us"] != 0:
+        refuse(f"{where}.library_us", data["library_us"], "0, for a step that no library has")
     found["config"] = _config(data["config"], f"{where}.config", kernels)
     return found | {"versions": _versions(data["versions"], f"{where}.versions")}
 
@@ -246,8 +337,9 @@ def _config(data: Any, where: str, kernels: Sequence[str]) -> ConvConfig:
     rows = _STRIP if data["kernel"] in ROLLING_KERNELS else _SIDE
     for side, most in zip(box, (_SIDE, rows, _SIDE), strict=True):
         check_whole(side, f"{where}.box", 1, most)
-    for name in _TILING.keys() & data.keys():
-        check_whole(data[name], f"{where}.{name}", *_TILING[name])
+    limits = {**_TILING, "split": (1, MOST_WGRAD_SPLITS)} if data["kernel"] == "wgrad" else _TILING
+    for name in limits.keys() & data.keys():
+        check_whole(data[name], f"{where}.{name}", *limits[name])
     if not isinstance(data.get("pdl", False), bool):
         refuse(f"{where}.pdl", data["pdl"], "true or false")
     try:

@@ -141,12 +141,16 @@ class Problem(abc.ABC):
         """The cost model's price of our kernel."""
 
     def baselines(self) -> dict[str, Callable[[int], object]]:
-        """What is timed beside our kernel, on a set: ``"library"``, and ``"conv"`` where there is only one."""
+        """What is timed beside our kernel, on a set: ``"library"`` if there is one, ``"conv"`` if only one of those."""
         return {"library": self.run_library}
 
     def run_library(self, i: int = 0) -> tuple[Tensor, ...]:
         """PyTorch's convolutions, with BN, addition and ReLU behind them."""
         return self.unfused(i, self.dtype)
+
+    def compared(self, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What is compared of the outputs of either side."""
+        return found
 
     def validate(self, config: ConvConfig) -> str | None:
         """Compares our kernel with fp32 arithmetic: None if its errors are about the library's, else why not."""
@@ -154,28 +158,28 @@ class Problem(abc.ABC):
             self._prepare_reference()
         for out in self.outputs():
             out.fill_(float("nan"))  # an element that nothing writes is found
-        found = zip(self.run_ours(config), self._wanted, self._library_errors, strict=True)
+        found = zip(self.compared(self.run_ours(config)), self._wanted, self._library_errors, strict=True)
         reasons = (errors(out, wanted).exceeds(theirs) for out, wanted, theirs in found)
         return next((reason for reason in reasons if reason), None)
 
     def _prepare_reference(self) -> None:
         wide = torch.float64 if self.dtype == torch.float32 else torch.float32
         with exact_fp32():
-            self._wanted = tuple(wanted.contiguous() for wanted in self.unfused(0, wide))
-        found = zip(self.run_library(), self._wanted, strict=True)
+            self._wanted = tuple(wanted.contiguous() for wanted in self.compared(self.unfused(0, wide)))
+        found = zip(self.compared(self.run_library()), self._wanted, strict=True)
         self._library_errors = tuple(errors(out, wanted) for out, wanted in found)
 
     def time(self, config: ConvConfig) -> Timing:
         """Times our kernel and the baselines, replay by replay in turns."""
         replays = self._launches(config)
-        if not self._graphs:
+        if not self._replays:
             with cudnn_benchmark():
                 self._graphs = {name: self._capture(run, replays) for name, run in self.baselines().items()}
             self._replays = replays
         graphs = {**self._graphs, "ours": self._capture(lambda i: self.run_ours(config, i), self._replays)}
         times = interleaved(graphs, ROUNDS)
         us = {name: statistics.median(values) * 1e3 / self._replays for name, values in times.items()}
-        return Timing(us["ours"], us["library"], us.get("conv"), spread(times["ours"]))
+        return Timing(us["ours"], us.get("library", 0.0), us.get("conv"), spread(times["ours"]))
 
     def _launches(self, config: ConvConfig) -> int:
         """Launches per replay: whole rotations, at least about :data:`REPLAY_US` of work."""

@@ -431,10 +431,12 @@ def _warn_once(kind: str, target: Target, text: str) -> None:
         logger.warning("%s", text)
 
 
-def tune_command(batch: int, dtype: torch.dtype, precision: str) -> str:
-    """The command that measures a model's convolutions at this batch, dtype and precision."""
+def tune_command(batch: int, dtype: torch.dtype, precision: str, train: bool = False) -> str:
+    """The command that measures a model's convolutions, or its steps of training, at this batch, dtype, precision."""
     exact = " --precision ieee" if dtype == torch.float32 and precision == "ieee" else ""
-    return f"resnet-triton tune --model resnet50 --batch {batch} --dtype {DTYPE_NAMES[dtype]}{exact}"
+    return (
+        f"resnet-triton tune --model resnet50{' --train' * train} --batch {batch} --dtype {DTYPE_NAMES[dtype]}{exact}"
+    )
 
 
 def warn_unmeasured(target: Target, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
@@ -447,11 +449,14 @@ def warn_unmeasured(target: Target, shape: ConvShape, dtype: torch.dtype, precis
     )
 
 
-def warn_borrowed(target: Target, name: str, shape: ConvShape, dtype: torch.dtype, precision: str) -> None:
-    """Says once per device that its plan rests on another device's measurements."""
+def warn_borrowed(
+    target: Target, name: str, shape: ConvShape, dtype: torch.dtype, precision: str, train: bool = False
+) -> None:
+    """Says once per device that its plan, or that of training, rests on another device's measurements."""
+    what, command = "steps of training" if train else "convolutions", tune_command(shape.n, dtype, precision, train)
     _warn_once(
-        "borrowed",
+        f"borrowed {what}",
         target,
-        f"no measured configurations for some convolutions on {target.name}: those of {name} (also sm_{target.sm}) "
-        f"serve. `{tune_command(shape.n, dtype, precision)}` measures them here (put your model in place of resnet50).",
+        f"no measured configurations for some {what} on {target.name}: those of {name} (also sm_{target.sm}) "
+        f"serve. `{command}` measures them here (put your model in place of resnet50).",
     )

@@ -20,6 +20,7 @@ from .kernels.geometry import ChainShape, ConvShape, out_size
 
 if TYPE_CHECKING:
     from .chains import Tail
+    from .training.plan import Work
 
 UNIT = ("weight", "bias", "gamma", "beta", "mean", "var")
 #: bias, gamma, beta, mean, var
@@ -49,7 +50,10 @@ class Step:
 
 
 class Recorder:
-    """While active, steps are recorded for one target instead of run; and the ends of blocks, with the last weight."""
+    """While active, steps are recorded for one target instead of run; and the ends of blocks, with the last weight.
+
+    ``asked`` holds the :class:`.training.plan.Work` of which a step of training wanted to know how it runs.
+    """
 
     active: Recorder | None = None
 
@@ -57,6 +61,7 @@ class Recorder:
         self.target = target
         self.steps: list[Step] = []
         self.tails: list[tuple[Tensor, Tail]] = []
+        self.asked: list[Work] = []
 
     def __enter__(self) -> Recorder:
         Recorder.active = self

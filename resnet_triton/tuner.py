@@ -35,7 +35,8 @@ class Timing:
 
     Args:
         us: our kernel.
-        library_us: PyTorch's convolution and its separate BN, add and ReLU, measured in turns with it.
+        library_us: PyTorch's convolution and its separate BN, add and ReLU, measured in turns with it; 0 where PyTorch
+            has nothing of the kind.
         conv_us: PyTorch's convolution alone, where measured.
         spread: (80th - 20th percentile) / median of our kernel.
     """

@@ -2,7 +2,7 @@
 
 A configuration is looked for in ``$RESNET_TRITON_CONFIG_DIR``, then in the user's cache, then in the files shipped in
 ``resnet_triton/tuned``, first under the device's own name, then under the names of GPUs of the same architecture. The
-first folder that has the convolution, or the chain of them, at a near batch size answers.
+first folder that has the convolution, the chain of them or the step of training, at a near batch size answers.
 
 A bad file is left out with one warning that says what is wrong with it, and the next folder serves. What may be in one
 is in :mod:`.entries`.
@@ -22,16 +22,21 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from .devices import Target, known_devices
-from .entries import AnyEntry, ChainEntry, E, Entry, check_keys, check_whole, nearest, refuse
+from .entries import AnyEntry, ChainEntry, E, Entry, TrainEntry, check_keys, check_whole, nearest, refuse
 from .kernels.geometry import ChainShape, ConvShape
 
+if TYPE_CHECKING:
+    from .training.plan import Work
+
 logger = logging.getLogger("resnet_triton")
-FORMAT = 2
+FORMAT = 3
+READS = (2, FORMAT)  # format 2 has no steps of training
+LISTS = ("entries", "chains", "training")
 MAX_BYTES = 16 << 20
 MAX_ENTRIES = 50_000
 MAX_FILES = 64  # of one folder, where any GPU's file will do
@@ -46,11 +51,12 @@ class Tuned:
     sm: int
     entries: tuple[Entry, ...]
     chains: tuple[ChainEntry, ...] = ()
+    training: tuple[TrainEntry, ...] = ()
 
     @property
-    def both(self) -> list[AnyEntry]:
-        """The entries of convolutions, then those of chains."""
-        return [*self.entries, *self.chains]
+    def all(self) -> list[AnyEntry]:
+        """The entries of convolutions, then those of chains, then those of steps of training."""
+        return [*self.entries, *self.chains, *self.training]
 
     def nearest(self, shape: ConvShape, dtype: str, precision: str, residual: bool) -> Entry | None:
         """The entry of the same convolution at the nearest batch within a factor of two, or None."""
@@ -59,6 +65,11 @@ class Tuned:
     def nearest_chain(self, shape: ChainShape, dtype: str) -> ChainEntry | None:
         """The same for a chain."""
         return nearest((e for e in self.chains if e.is_of(shape, dtype)), shape.expand.n)
+
+    def nearest_training(self, work: Work, dtype: str, precision: str) -> TrainEntry | None:
+        """The same for a step of training."""
+        assert work.shape is not None
+        return nearest((e for e in self.training if e.is_of(work, dtype, precision)), work.shape.n)
 
 
 # Files
@@ -116,21 +127,24 @@ def read(path: Path) -> Tuned:
     found = data.get("format") if isinstance(data, dict) else None
     if type(found) is int and found > FORMAT:
         raise ValueError(
-            f"{path} has format {found}, of a newer resnet-triton; this version reads format {FORMAT}: "
+            f"{path} has format {found}, of a newer resnet-triton; this version reads up to format {FORMAT}: "
             f"upgrade resnet-triton, or {WAY_OUT}"
         )
-    if type(found) is not int or found != FORMAT:
-        raise ValueError(f"{path} has format {found!r:.50}; this version reads format {FORMAT}: {WAY_OUT}")
+    if type(found) is not int or found not in READS:
+        reads = " and ".join(map(str, READS))
+        raise ValueError(f"{path} has format {found!r:.50}; this version reads formats {reads}: {WAY_OUT}")
     try:
-        check_keys(data, "the file", ("format", "device", "sm", "entries", "chains"), ("chains",))
+        optional = ("chains", "training")[: found - 1]
+        check_keys(data, "the file", ("format", "device", "sm", "entries", *optional), optional)
         if not isinstance(data["device"], str) or not 0 < len(data["device"]) <= 200:
             refuse("device", data["device"], "a device name")
         check_whole(data["sm"], "sm", 0, 999)
         entries = _records(data["entries"], "entries", Entry.from_dict)
         chains = _records(data.get("chains", []), "chains", ChainEntry.from_dict)
+        training = _records(data.get("training", []), "training", TrainEntry.from_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {WAY_OUT}") from None
-    return Tuned(data["device"], data["sm"], entries, chains)
+    return Tuned(data["device"], data["sm"], entries, chains, training)
 
 
 def _records(items: Any, where: str, from_dict: Callable[[Any, str], E]) -> tuple[E, ...]:
@@ -156,8 +170,8 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def load(path: Path) -> list[AnyEntry]:
-    """The entries of one file, those of chains last; raises as :func:`read`."""
-    return read(path).both
+    """The entries of one file: convolutions, chains, steps of training; raises as :func:`read`."""
+    return read(path).all
 
 
 def versions() -> dict[str, str]:
@@ -172,14 +186,15 @@ def save(path: Path, device_name: str, entries: Iterable[AnyEntry], sm: int | No
     """Writes one file atomically: a reader sees the old file or the new one.
 
     Args:
-        path, device_name, entries: of the file; entries of convolutions and of chains in any order.
+        path, device_name, entries: of the file; entries of every kind in any order.
         sm: compute capability times ten; None is that of the device's record, 0 without one.
     """
     if sm is None:
         sm = known_devices()[device_name].sm if device_name in known_devices() else 0
-    data: dict[str, Any] = {"format": FORMAT, "device": device_name, "sm": sm, "entries": [], "chains": []}
+    lists: dict[type, list[dict]] = {Entry: [], ChainEntry: [], TrainEntry: []}
     for entry in entries:
-        data["chains" if isinstance(entry, ChainEntry) else "entries"].append(entry.to_dict())
+        lists[type(entry)].append(entry.to_dict())
+    data = {"format": FORMAT, "device": device_name, "sm": sm, **dict(zip(LISTS, lists.values(), strict=True))}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
     try:
@@ -207,7 +222,7 @@ def merge(path: Path, device_name: str, entries: Iterable[AnyEntry], sm: int | N
             before = read(path)
             if before.device != device_name:
                 raise ValueError(f"{path} is of {before.device!r}, these entries are of {device_name!r}; {WAY_OUT}")
-            found = {entry.key: entry for entry in before.both}
+            found = {entry.key: entry for entry in before.all}
             sm = before.sm if sm is None else sm
         added = {entry.key: entry for entry in entries}
         if added:
@@ -262,6 +277,12 @@ def lookup_chain(device_name: str, shape: ChainShape, dtype: torch.dtype) -> Cha
     return _first(device_name, lambda tuned: tuned.nearest_chain(shape, name))
 
 
+def lookup_training(device_name: str, work: Work, dtype: torch.dtype, precision: str) -> TrainEntry | None:
+    """The same for a step of training."""
+    wanted = _wanted(dtype, precision)
+    return _first(device_name, lambda tuned: tuned.nearest_training(work, *wanted))
+
+
 def lookup_sibling(
     target: Target, shape: ConvShape, dtype: torch.dtype, residual: bool, precision: str = "tf32"
 ) -> tuple[str, Entry] | None:
@@ -274,6 +295,14 @@ def lookup_sibling_chain(target: Target, shape: ChainShape, dtype: torch.dtype) 
     """The same for a chain."""
     name, _ = _wanted(dtype)
     return _first_sibling(target, lambda tuned: tuned.nearest_chain(shape, name))
+
+
+def lookup_sibling_training(
+    target: Target, work: Work, dtype: torch.dtype, precision: str
+) -> tuple[str, TrainEntry] | None:
+    """The same for a step of training."""
+    wanted = _wanted(dtype, precision)
+    return _first_sibling(target, lambda tuned: tuned.nearest_training(work, *wanted))
 
 
 def _first(device_name: str, find: Callable[[Tuned], E | None]) -> E | None:

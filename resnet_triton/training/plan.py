@@ -1,4 +1,7 @@
-"""Decides how each step of training runs, by predicted time; the steps ask while running, ``explain`` without.
+"""Decides how each step of training runs; the steps ask while running, ``explain`` without.
+
+A step that was measured on this device takes the faster of the measured times, one that was measured on a GPU of the
+same architecture the configuration found there; for the others predicted times decide.
 
 A training kernel is priced by three of the five limits of :mod:`resnet_triton.cost`: bytes through device memory, bytes
 from L2 and products. The library is priced as its convolution at a share of the matrix rate, and a pass of its own for
@@ -7,28 +10,34 @@ everything that a kernel of this package would do on the way.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from .. import cost
+from .. import cost, tuning
 from ..devices import Target
-from ..kernels.config import ConvConfig
+from ..entries import TrainEntry
+from ..kernels.config import MOST_WGRAD_SPLITS, ConvConfig
 from ..kernels.geometry import ConvShape, cdiv
-from ..plan import CLEAR_WIN, Choice, library_of, refusal
+from ..plan import CLEAR_WIN, CLEARED, Choice, library_of, refusal, warn_borrowed
 
 #: Steps whose products sum over the pixels.
 OVER_PIXELS = ("wgrad", "gram", "stem_wgrad")
 #: Steps without products: they only move bytes.
 PASSES = ("moments", "bn_apply", "masked_sums", "bn_backward", "bn_relu_pool", "bn_relu_pool_backward")
-
-
 #: Steps of the Gram form, which no library has.
 GRAM_STEPS = ("gram", "expand", "gram_dgrad")
+#: Steps that have configurations, and the kernels of those that are not named as the step.
+TUNED_STEPS = ("conv_stats", "dgrad", "wgrad", *GRAM_STEPS, "stem_conv_stats", "stem_wgrad")
+_KERNELS = {
+    "conv_stats": ("conv_stats", "conv_stats_rolling"), "gram": ("wgrad",), "stem_conv_stats": ("conv_stats",),
+    "stem_wgrad": ("wgrad",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Work:
         shape: of the forward convolution, or None for a pass.
         prologue: the convolution's input is normalised as it is loaded.
         backward: the incoming gradient is BN's, formed as it is loaded.
-        moments: statistics of the result are taken.
+        moments: statistics of the result are taken; of ``wgrad``, sums of the gradient that comes in.
         project: of a projected shortcut, or None.
         residual_stride: of what is added to a gradient, 0 for nothing.
         following: filters of the next block's first 1x1 that is computed with this step, or 0.
@@ -56,6 +65,16 @@ class Work:
     residual_stride: int = 0
     following: int = 0
     moved: int = 0
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Those that a configuration of it may name."""
+        return _KERNELS.get(self.step, (self.step,))
+
+    @property
+    def has_library(self) -> bool:
+        """Whether PyTorch's operators could run instead."""
+        return self.step not in GRAM_STEPS
 
 
 def kernels_run(target: Target, backend: str) -> bool:
@@ -77,13 +96,32 @@ def refusal_of_products(work: Work, dtype: torch.dtype, precision: str, target: 
     return None
 
 
-@functools.lru_cache(maxsize=4096)
+_forced: dict[Work, Choice] = {}
+
+
+@contextlib.contextmanager
+def forcing(work: Work, choice: Choice) -> Iterator[None]:
+    """Within the block, some work runs as told: its times are being measured."""
+    _forced[work] = choice
+    try:
+        yield
+    finally:
+        del _forced[work]
+
+
 def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backend: str) -> Choice:
     """Chooses how a step runs.
 
     Raises:
         RuntimeError: ``use_backend("triton")`` is in force and kernels cannot run there at all.
     """
+    if _forced and work in _forced:
+        return _forced[work]
+    return _choose(work, dtype, precision, target, backend)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backend: str) -> Choice:
     library = library_of(target)
     passing = work.step in PASSES or work.step == "aten"
     reason = refusal(target, dtype) if passing else refusal_of_products(work, dtype, precision, target)
@@ -107,6 +145,20 @@ def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backe
             config = min(candidates, key=lambda c: predict(work, c, dtype, precision, target).us)
     if not target.is_cuda:
         return Choice(work.step, config, "use_backend('triton') in the interpreter")
+    if not passing and (known := measured(work, dtype, precision, target)):
+        name, entry = known
+        limit = predict(work, entry.config, dtype, precision, target).limit
+        text, wins = f"{entry.us:.1f} us{_against(entry, work, library)}", CLEAR_WIN if name else 1.0
+        if backend == "triton" or not work.has_library or entry.us <= wins * entry.library_us:
+            choice = Choice(work.step, entry.config, text, None, entry.us, limit)
+        else:
+            choice = Choice(library, None, text, None, entry.library_us, their_limit)
+        if not name:
+            return replace(choice, reason=f"measured {text}")
+        assert work.shape is not None
+        warn_borrowed(target, name, work.shape, dtype, precision, train=True)
+        us = predict(work, entry.config, dtype, precision, target).us if choice.fused else their_us
+        return replace(choice, reason=f"unmeasured here; {text} on {name}", predicted_us=us, measured_us=None)
     ours = predict(work, config, dtype, precision, target)
     if work.step in GRAM_STEPS:
         text = f"the Gram form has no library; predicted {ours.us:.1f} us ({ours.limit})"
@@ -119,9 +171,57 @@ def choose(work: Work, dtype: torch.dtype, precision: str, target: Target, backe
     return Choice(work.step, config, text, ours.us, limit=ours.limit)
 
 
-@functools.lru_cache(maxsize=1024)
+def _against(entry: TrainEntry, work: Work, library: str) -> str:
+    assert work.shape is not None
+    text = f" against {entry.library_us:.1f} us by {library}" if work.has_library else "; the Gram form has no library"
+    return text if entry.batch == work.shape.n else f"{text}, at batch {entry.batch}"
+
+
+def measured(work: Work, dtype: torch.dtype, precision: str, target: Target) -> tuple[str, TrainEntry] | None:
+    """What was measured of a step, with a configuration that can run here, and on which sibling (``""``: here)."""
+    known = candidates_of(work, dtype, precision, target)
+
+    def usable(entry: TrainEntry) -> TrainEntry | None:
+        if entry.config in known:
+            return entry
+        same = (c for c in known if replace(c, split=1) == replace(entry.config, split=1))  # shares follow the pixels
+        config = next(same, None)
+        return replace(entry, config=config) if config else None
+
+    entry = tuning.lookup_training(target.name, work, dtype, precision)
+    if entry and (entry := usable(entry)):
+        return "", entry
+    name, entry = tuning.lookup_sibling_training(target, work, dtype, precision) or ("", None)
+    entry = entry and usable(entry)
+    return (name, entry) if entry else None
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates_of(work: Work, dtype: torch.dtype, precision: str, target: Target) -> tuple[ConvConfig, ...]:
+    """The configurations worth measuring, the one that is predicted fastest first."""
+    assert work.shape is not None
+    known = configs_of(work, dtype, precision, target.multiprocessors)
+    if not known:
+        return ()
+    known = tuple(sorted(known, key=lambda c: predict(work, c, dtype, precision, target).us))
+    first = known[0]
+    others = [replace(first, stages=stages) for stages in (first.stages + 1, first.stages - 1) if stages > 0]
+    if work.step in OVER_PIXELS:  # shares of the pixels: each costs a part that is summed up
+        shares = [first.split // 2, 2 * first.split]
+        fit = [n for n in shares if 1 <= n <= MOST_WGRAD_SPLITS and 2 * n * first.bm <= work.shape.m]
+        others += [replace(first, split=n) for n in fit]
+    return tuple(dict.fromkeys([*known, *others]))
+
+
 def chains(work: Work, filters: int, dtype: torch.dtype, precision: str, target: Target, backend: str) -> bool:
     """Whether ``expand`` computes the next block's first 1x1 of so many filters too, instead of a step behind it."""
+    if _forced and replace(work, following=filters) in _forced:
+        return True
+    return _chains(work, filters, dtype, precision, target, backend)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chains(work: Work, filters: int, dtype: torch.dtype, precision: str, target: Target, backend: str) -> bool:
     both = replace(work, following=filters)
     if refusal_of_products(both, dtype, precision, target) is not None:
         return False
@@ -130,8 +230,19 @@ def chains(work: Work, filters: int, dtype: torch.dtype, precision: str, target:
     s = work.shape
     assert s is not None
     behind = Work("conv_stats", ConvShape(s.n, s.p, s.q, s.k, filters), moments=True)
-    apart = [choose(w, dtype, precision, target, backend).predicted_us or 0.0 for w in (work, behind)]
-    return (choose(both, dtype, precision, target, backend).predicted_us or 0.0) <= sum(apart)
+    known = [measured(w, dtype, precision, target) for w in (both, work, behind)]
+    found = [(name, entry.batch, min(entry.us, entry.library_us or entry.us)) for name, entry in filter(None, known)]
+    if len(found) == 3 and len({(name, batch) for name, batch, _ in found}) == 1:
+        together, *apart = (us for *_, us in found)
+    else:
+
+        def predicted(w: Work) -> float:
+            if not configs_of(w, dtype, precision, target.multiprocessors):
+                return library_prediction(w, dtype, precision, target).us
+            return predict(w, candidates_of(w, dtype, precision, target)[0], dtype, precision, target).us
+
+        together, *apart = map(predicted, (both, work, behind))
+    return together <= sum(apart)
 
 
 def alone(work: Work, dtype: torch.dtype, precision: str, target: Target, choice: Choice) -> Choice:
@@ -139,7 +250,7 @@ def alone(work: Work, dtype: torch.dtype, precision: str, target: Target, choice
     if not target.is_cuda or _unrated(dtype):
         return choice
     theirs = library_prediction(work, dtype, precision, target)
-    return replace(choice, predicted_us=theirs.us, limit=theirs.limit)
+    return replace(choice, predicted_us=theirs.us, measured_us=None, limit=theirs.limit)
 
 
 def _unrated(dtype: torch.dtype) -> bool:
@@ -354,3 +465,6 @@ def rows_of_parts(kernel: str, sizes: Sequence[int], choice: Choice) -> int:
     from ..kernels.bn_relu_pool import bn_relu_pool_parts
 
     return bn_relu_pool_parts(n, h, w)
+
+
+CLEARED += [_choose.cache_clear, _chains.cache_clear]

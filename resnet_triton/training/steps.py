@@ -58,6 +58,8 @@ def _run(
 
 
 def _choose(step: plan.Work, x: Tensor) -> Choice:
+    if Recorder.active:
+        Recorder.active.asked.append(step)
     return plan.choose(step, x.dtype, backend.dot_precision(x.dtype), target_for(x), backend.current_backend())
 
 
@@ -463,7 +465,7 @@ def matrix_wgrad(dz: Tensor, h: Lazy, stride: int, weight: Tensor) -> tuple[Tens
     """``(dz^T a [K, C], sums of dz [K])`` of a 1x1 convolution, wide."""
     x = h.raw
     shape, _ = conv_geometry(x.shape, weight.shape, stride, 0, 1)
-    choice = _choose(plan.Work("wgrad", shape, prologue=h.stats is not None), x)
+    choice = _choose(plan.Work("wgrad", shape, prologue=h.stats is not None, moments=True), x)
 
     def allocate() -> tuple[Tensor, Tensor]:
         return _vector(x, shape.k, shape.c), _vector(x, shape.k)
@@ -505,7 +507,7 @@ def gram_dgrad(
     """Gradient of a 1x1 convolution's input in the Gram form (compact where it has a stride), and sums of it."""
     x = h.raw
     n, _, p, q = dz.shape
-    shape = ConvShape(n, p, q, x.shape[1], dz.shape[1])
+    shape, _ = conv_geometry(x.shape, weight.shape, stride, 0, 1)
     choice = _choose(plan.Work("gram_dgrad", shape, prologue=h.stats is not None), x)
     rows = plan.parts_of("gram_dgrad", shape, choice, target_for(x))
 
