@@ -18,7 +18,8 @@ backward, with the gradient ``d`` of BN's output, ``g = d^T h`` and ``sdz = sum 
 
 Both second moments are centred *before* they are multiplied: the differences are small where channels are correlated or
 far from zero, and their rounding would be multiplied with them. ``v`` follows the rounded ``wp`` and ``Q``, so that the
-roundings of these two meet ``d`` and ``h`` without their means.
+roundings of these two meet ``d`` and ``h`` without their means. ``Q``'s diagonal is not rounded at all: its part of
+dh_j goes with h_j, and so does the ReLU's mask behind it.
 
 All sums run in a fixed order. Matrices are dense, K filters by C channels.
 """
@@ -207,11 +208,18 @@ def gram_columns(
     for start in range(0, C, BR):
         magnitude = tl.maximum(magnitude, tl.abs(rows_of(q, start + tl.arange(0, BR), j, C, C)))
     largest = tl.max(magnitude, 0)
-    # biased exponents of rho and of 1 / rho, both kept normal
+    # biased exponents of the power of two and of its inverse, both kept normal
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) + 1, 1), 253)
     exponent = tl.where(largest == 0.0, 127, exponent)
-    power = (exponent << 23).to(tl.float32, bitcast=True)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    # a column whose diagonal counts is scaled such that this is not rounded: the error would not meet h_j's mean alone,
+    # but the ReLU's mask of h_j, and sums over the masked pixels would keep it
+    diagonal = tl.load(q + j * C + j, mask=j < C, other=0.0)
+    held = (diagonal * inverse).to(mm.dtype.element_ty).to(tl.float32)
+    counts = (tl.abs(held) >= 2.0**-10) & (tl.abs(held) <= 1.0)
+    scale = tl.where(counts, tl.div_rn(diagonal, tl.where(counts, held, 1.0)), scale)
+    inverse = tl.where(counts, 1.0 / scale, inverse)
     total = tl.zeros((BR, BC), tl.float64)
     for start in range(0, C, BR):
         i = start + tl.arange(0, BR)
@@ -219,12 +227,12 @@ def gram_columns(
         tl.store(mm + i[:, None] * C + j[None, :], column, mask=(i < C)[:, None] & (j < C)[None, :])
         factor = tl.load(s1 + i, mask=i < C, other=0.0).to(tl.float64)
         total += factor[:, None] * column.to(tl.float32).to(tl.float64)
-    total *= power.to(tl.float64)[None, :]
+    total *= scale.to(tl.float64)[None, :]
     for start in range(0, K, BR):
         k = start + tl.arange(0, BR)
         factor = tl.load(sdz + k, mask=k < K, other=0.0).to(tl.float64)
         total += factor[:, None] * rows_of(wp, k, j, K, C).to(tl.float32).to(tl.float64)
-    tl.store(rho + j, power, mask=j < C)
+    tl.store(rho + j, scale, mask=j < C)
     tl.store(v + j, (-tl.sum(total, 0) / tl.cast(count, tl.float64)).to(tl.float32), mask=j < C)
 
 
@@ -298,8 +306,8 @@ def launch_gram_backward(
         dw: ``[K, C]`` fp32, the gradient of ``w``.
         dgamma, dbeta: ``[K]`` fp32.
         wp: ``[K, C]``, dtype of ``w``.
-        mm: ``[C, C]``, dtype of ``w``; the largest magnitude of a column is in [0.5, 1] (or the column is 0).
-        rho: ``[C]`` fp32, a power of two for each column.
+        mm: ``[C, C]``, dtype of ``w``; the largest magnitude of a column is about 0.5 to 1 (or the column is 0).
+        rho: ``[C]`` fp32, near a power of two for each column, such that ``mm * rho`` has the exact diagonal.
         v: ``[C]`` fp32.
     """
     k, c = w.shape

@@ -192,8 +192,12 @@ def gram_backward(
     wp = stats[SCALE][:, None] * w
     middle = w.t() @ (g3[:, None] * w)
     rho = torch.exp2(torch.frexp(middle.abs().amax(0)).exponent.to(middle.dtype))
-    v = -(stats[SCALE] * sdz / count) @ w - mu @ middle
-    return GramBackward(dw, dgamma, sdz, wp.to(weight.dtype), (middle / rho).to(weight.dtype), rho, v)
+    held = (middle.diagonal() / rho).to(weight.dtype).to(middle.dtype)
+    counts = (held.abs() >= 2.0**-10) & (held.abs() <= 1)
+    rho = torch.where(counts, middle.diagonal() / torch.where(counts, held, torch.ones_like(held)), rho)
+    wp, mm = wp.to(weight.dtype), (middle / rho).to(weight.dtype)
+    v = -(sdz @ wp.to(rho.dtype) + rho * (s1 @ mm.to(rho.dtype))) / count  # of what is multiplied with
+    return GramBackward(dw, dgamma, sdz, wp, mm, rho, v)
 
 
 def gram_dgrad(

@@ -222,8 +222,11 @@ def test_backward_is_exact(k: int, c: int, dtype: torch.dtype, counts) -> None:
     identical(out.dw, (scale[:, None] * gradient + g3[:, None] * (w64 @ (s2 - m * torch.outer(mu, mu)))).float())
     largest = q.abs().amax(0)
     rho = torch.where(largest > 0, 2.0 ** torch.frexp(largest).exponent, 1.0)
+    held = (q.diagonal() / rho).to(dtype).double()
+    rho = torch.where(held.abs() >= 2.0**-10, q.diagonal() / held, rho).float().double()
     identical(out.rho, rho.float())
     identical(out.mm, (q / rho).to(dtype))
+    assert torch.equal(out.mm.diagonal().double()[held.abs() >= 2.0**-10], held[held.abs() >= 2.0**-10])
     identical(out.v, (-(sdz.double() @ out.wp.double() + rho * (s1.double() @ out.mm.double())) / m).float())
     assert dgamma.count_nonzero() > 0 and q.count_nonzero() > 0
 
