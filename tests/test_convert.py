@@ -323,10 +323,6 @@ def group_norm(model: tv.ResNet) -> None:
     model.layer1[1].bn3 = nn.GroupNorm(32, 256)
 
 
-def stateless(model: tv.ResNet) -> None:
-    model.layer1[1].bn1 = nn.BatchNorm2d(64, track_running_stats=False)
-
-
 def oblong(model: tv.ResNet) -> None:
     model.layer1[0].conv2.stride = model.layer1[0].downsample[0].stride = (2, 1)
 
@@ -343,7 +339,6 @@ STRUCTURE = {
     silu: "layer2.0: relu is SiLU; fused blocks apply nn.ReLU",
     reflect: "layer3.0: conv2 has padding_mode='reflect'",
     group_norm: "layer1.1: bn3 is GroupNorm; fused blocks take BatchNorm2d",
-    stateless: "layer1.1: bn1 keeps no running statistics",
     oblong: r"layer1.0: conv2 has stride=\(2, 1\)",
     pooled_shortcut: "layer2.0: downsample is not nn.Sequential",
     patched: "layer4.0: its forward was replaced on the instance",
@@ -395,7 +390,6 @@ PARTS = {
     silu: {"conv_bn_act": 2 + 4},
     reflect: {"conv_bn_act": 2 + 3, "aten": 1},
     group_norm: {"conv_bn_act": 2 + 2, "aten": 1, "add_relu": 1},
-    stateless: {"conv_bn_act": 2 + 2, "aten": 1},
     oblong: {"conv_bn_act": 2 + 2, "aten": 2},
     pooled_shortcut: {"conv_bn_act": 2 + 3, "aten": 1},
 }

@@ -183,10 +183,6 @@ def hooked(model: tv.ResNet) -> None:
     model.layer2[0].conv2.register_forward_hook(lambda *args: None)
 
 
-def training(model: tv.ResNet) -> None:
-    model.layer2[0].bn2.train()
-
-
 def silu(model: tv.ResNet) -> None:
     model.layer2[0].relu = nn.SiLU()
 
@@ -201,7 +197,6 @@ def patched(model: tv.ResNet) -> None:
 
 CAUSES = {
     hooked: "a hook is registered on a Conv2d",
-    training: "BatchNorm is in training mode",
     patched: "its forward was replaced on the instance",
 }
 
@@ -256,14 +251,14 @@ def test_an_unconverted_model_is_told_to_convert() -> None:
 
 
 def test_training_mode_has_a_row_for_what_moves_activations_only() -> None:
-    plan = explain(small().train(), (2, 3, 64, 64), device=H200)
+    plan = explain(small().train(), (2, 3, 64, 64), device="cpu")
     counts: dict[str, int] = {}
     for row in plan.rows:
         counts[row.op] = counts.get(row.op, 0) + 1
         assert row.bytes > 1000, row
     assert counts == {"conv": 20, "batch_norm": 20, "relu": 16, "add": 5, "max_pool": 1, "head": 1}
-    assert all("BatchNorm is in training mode" in reason for reason in reasons_of(plan, "layer"))
-    assert all("BatchNorm is in training mode" in reason for reason in reasons_of(plan, "bn1"))
+    for name in ("layer", "bn1"):
+        assert all("batch statistics on a CPU run on PyTorch's modules" in reason for reason in reasons_of(plan, name))
 
 
 def test_a_hooked_stem_says_why() -> None:
@@ -350,8 +345,13 @@ def test_parts_and_getters() -> None:
 
 
 def test_the_backward_is_named() -> None:
-    plan = explain(convert(tv.resnet18()), (1, 3, 64, 64), device="NVIDIA H200")
+    model = convert(tv.resnet18())
+    plan = explain(model.eval(), (2, 3, 64, 64), device=H200)
     assert plan.backward.startswith("cudnn") and f"backward: {plan.backward}" in str(plan)
+    plan = explain(model.train(), (2, 3, 64, 64), device=H200)
+    assert plan.backward.startswith("the last ") and f"backward: {plan.backward}" in str(plan)
+    last = plan.rows[-int(plan.backward.split()[2]) :]
+    assert sum(row.op.startswith(("wgrad", "stem_wgrad")) for row in last) == 20
 
 
 def test_a_detector_is_told_to_explain_its_backbone() -> None:
