@@ -3,8 +3,9 @@
 The Gram form computes the variance of an output from sums of products of its inputs. Where an output is a small
 difference of large inputs, rounding in these sums is no longer small beside its variance. The kernel that computes the
 variance says so in a flag. Reading a flag of a GPU at once would make the host wait for the GPU, so there it is looked
-at when the convolution runs next and the flag has arrived: a GPU is warned one step late, a CPU in time. From then on,
-for as long as the weight lives, the raw outputs are computed again where they are needed, and not kept.
+at when the convolution runs next and the flag has arrived, and only every so many steps: a GPU is warned late, a CPU in
+time. While a CUDA graph is captured nothing is looked at, and a replay never looks: run some steps before. From a raised
+flag on, for as long as the weight lives, the raw outputs are computed again where they are needed, and not kept.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from ..steps import Recorder
 logger = logging.getLogger("resnet_triton")
 
 
+#: Calls of a convolution on a GPU from one look at its flag to the next.
+PERIOD = 16
+
+
 @dataclass
 class _Flag:
-    """A flag on its way to the host, and whether it was ever raised."""
+    """What is known of a convolution: how often it ran, a flag on its way to the host, and whether one was raised."""
 
+    calls: int = 0
     value: Tensor | None = None
     arrived: torch.cuda.Event | None = None
     raised: bool = False
@@ -40,15 +46,17 @@ def remember(weight: Tensor, doubtful: Tensor) -> None:
     flag = _flags.get(weight)
     if flag is None:
         flag = _flags[weight] = _Flag()
-    if flag.raised or (flag.arrived is not None and not flag.arrived.query()):
-        return
     if not doubtful.is_cuda:
         flag.value = doubtful
-    elif not torch.cuda.is_current_stream_capturing():  # a graph would copy the flag of another step
-        _look(flag, weight)
-        flag.value = doubtful.to("cpu", non_blocking=True)
+        return
+    if flag.raised or flag.value is not None or torch.cuda.is_current_stream_capturing():
+        return  # a graph would copy the flag whenever it is replayed
+    if flag.calls % PERIOD == 0:
+        flag.value = torch.empty(1, dtype=doubtful.dtype, pin_memory=True)  # a copy to other memory would be waited for
+        flag.value.copy_(doubtful, non_blocking=True)
         flag.arrived = torch.cuda.Event()
         flag.arrived.record()
+    flag.calls += 1
 
 
 def doubts(weight: Tensor) -> bool:
@@ -56,17 +64,23 @@ def doubts(weight: Tensor) -> bool:
     flag = _flags.get(weight)
     if flag is None:
         return False
-    if not flag.raised and (flag.arrived is None or flag.arrived.query()):
+    if flag.value is not None and not flag.raised and _has_arrived(flag):
         _look(flag, weight)
     return flag.raised
 
 
+def _has_arrived(flag: _Flag) -> bool:
+    if flag.arrived is None:
+        return True
+    return not torch.cuda.is_current_stream_capturing() and flag.arrived.query()
+
+
 def _look(flag: _Flag, weight: Tensor) -> None:
-    if flag.value is not None and int(flag.value) and not flag.raised:
-        flag.raised = True
+    flag.raised = flag.value is not None and bool(int(flag.value))
+    flag.value = None
+    if flag.raised:
         logger.warning(
             "the inputs of a convolution %s are so correlated that their second moments do not give its batch "
             "variance; its raw output is computed again where it is needed from here on",
             tuple(weight.shape),
         )
-    flag.value = None
