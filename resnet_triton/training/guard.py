@@ -4,8 +4,8 @@ The Gram form computes the variance of an output from sums of products of its in
 difference of large inputs, rounding in these sums is no longer small beside its variance. The kernel that computes the
 variance says so in a flag. Reading a flag of a GPU at once would make the host wait for the GPU, so there it is looked
 at when the convolution runs next and the flag has arrived, and only every so many steps: a GPU is warned late, a CPU in
-time. While a CUDA graph is captured nothing is looked at, and a replay never looks: run some steps before. From a raised
-flag on, for as long as the weight lives, the raw outputs are computed again where they are needed, and not kept.
+time. While a CUDA graph is captured nothing is looked at, and a replay never looks: run some steps before. From a
+raised flag on, for as long as the weight lives, the raw outputs are computed again where they are needed, and not kept.
 """
 
 from __future__ import annotations
