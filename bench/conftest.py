@@ -120,7 +120,9 @@ def publish(record: Callable[[Row], None], benchmark: Any) -> Callable[[Row], No
 
     def add(row: Row) -> None:
         record(row)
-        benchmark.group = " ".join(filter(None, [row.model, f"batch {row.infer_batch_size}", row.dtype]))
+        batch = row.train_batch_size or row.infer_batch_size
+        kind = "training" if row.train_batch_size else None
+        benchmark.group = " ".join(filter(None, [kind, row.model, f"batch {batch}", row.dtype]))
         benchmark.extra_info.update({k: v for k, v in vars(row).items() if k != "samples" and v is not None})
         benchmark.pedantic(lambda: None, rounds=1)
         if benchmark.stats is not None:  # None under --benchmark-disable

@@ -33,7 +33,7 @@ class Row:
     """One line of the table; None is "not measured" or "does not apply".
 
     Args:
-        suite: ``"models"``, ``"layers"`` or ``"accuracy"``.
+        suite: ``"models"``, ``"layers"``, ``"accuracy"``, ``"training"`` or ``"training layers"``.
         device: ``"cpu"``, a GPU's name, or ``"cuda"`` for a row that no GPU was there to measure.
         provider: who computed it.
         model: network or, in the layers suite, the step.
@@ -55,6 +55,10 @@ class Row:
         param_count: parameters in millions; infer_gmacs: 10^9 multiply-adds of one image.
         predicted_step_time: milliseconds by the cost model; a prediction, never a measurement.
         predicted_for: the device that it is for.
+        train_batch_size, train_img_size, train_samples_per_sec, train_step_time: the same of a training step, whose
+            ``error`` is that of its gradients; train_fwd_time, train_bwd_time, train_opt_time: median milliseconds of
+            its parts.
+        saved_mb_per_image: what autograd keeps between forward and backward, parameters not counted, in 10^6 bytes.
         note: what else a reader must know.
         samples: seconds of each round.
     """
@@ -87,13 +91,22 @@ class Row:
     infer_gmacs: float | None = None
     predicted_step_time: float | None = None
     predicted_for: str | None = None
+    train_batch_size: int | None = None
+    train_img_size: int | None = None
+    train_samples_per_sec: float | None = None
+    train_step_time: float | None = None
+    train_fwd_time: float | None = None
+    train_bwd_time: float | None = None
+    train_opt_time: float | None = None
+    saved_mb_per_image: float | None = None
     note: str = ""
     samples: list[float] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[str, ...]:
         """What identifies the row within one run."""
-        return self.suite, self.device, self.model, str(self.infer_batch_size), self.dtype, self.provider
+        batch = self.train_batch_size or self.infer_batch_size
+        return self.suite, self.device, self.model, str(batch), self.dtype, self.provider
 
 
 COLUMNS = tuple(f.name for f in fields(Row) if f.name != "samples")
