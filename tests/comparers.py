@@ -2,6 +2,7 @@
 
 `identical`     integers whose sums are representable leave no room for rounding: bit by bit.
 `no_worse_than` floating point: our error against an fp64 reference, in units of PyTorch eager's error.
+`trajectory`    the same, after many steps of training.
 `same_math`     two fp64 computations of one formula in different orders.
 """
 
@@ -20,6 +21,10 @@ GRADIENT = 3.0
 #: The largest of a few dozen errors is a matter of chance: two draws from one distribution differ by up to this factor
 #: on top. A single wrong value is off by far more.
 WORST = 2.0
+
+#: After many steps of training, in units of eager's error again: every step multiplies what the ones before left, ours
+#: and eager's alike, but how much they left in the directions that grow is a matter of chance.
+TRAJECTORY = 10.0
 
 #: Share of the largest reference value by which two fp64 computations may differ: eps (2e-16) times the longest
 #: reduction of these tests (about 5,000) times a margin of 10.
@@ -70,6 +75,11 @@ def no_worse_than(out: Tensor, eager: Tensor, reference: Tensor, k: float = FORW
         assert mine <= max(allowed * other, floor), (
             f"{name} error {mine:.3g} is {mine / (other or math.nan):.2f} times eager's {other:.3g}; allowed: {allowed}"
         )
+
+
+def trajectory(out: Tensor, eager: Tensor, reference: Tensor) -> None:
+    """Asserts that ``out``, many steps of training later, is as near the fp64 ``reference`` as ``eager`` but for chance."""
+    no_worse_than(out, eager, reference, TRAJECTORY)
 
 
 def same_math(out: Tensor, reference: Tensor) -> None:
