@@ -533,9 +533,11 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     image = torch.randn(2, 3, 17, 14)
     forwards["stem"] = ("train_stem", (image, *unit(4, 3, 7), 1e-5, ""))
     forwards["stem, constant"] = ("train_stem", (image, *unit(4, 3, 7, True), 1e-5, ""))
-    found = dict(forwards)
+    found: dict[str, tuple[str, tuple[Any, ...]]] = {}
     for name, (op, arguments) in forwards.items():
-        y, *rest = getattr(ops, op)(*arguments)
+        ahead = ([],) if op == "train_block" else ()
+        found[name] = (op, (*arguments, *ahead))
+        y, *rest = getattr(ops, op)(*found[name][1])
         grad = torch.randn(y.shape)
         if op == "train_stem":
             needs = [name == "stem", True, True, False]
@@ -574,9 +576,9 @@ def test_arguments_that_do_not_fit_are_named() -> None:
     x = torch.randn(2, 8, 4, 4)
     flags = [True, True, False, False, False]
     with pytest.raises(ValueError, match="1 eps need 5 tensors"):
-        ops.train_block(x, None, unit(8, 8, 1)[:4], [1e-5], [1, 0, 1], False, flags, "")
+        ops.train_block(x, None, unit(8, 8, 1)[:4], [1e-5], [1, 0, 1], False, flags, "", [])
     with pytest.raises(ValueError, match="the only unit is the projection's"):
-        ops.train_block(x, None, unit(8, 8, 1), [1e-5], [1, 0, 1], True, flags, "")
+        ops.train_block(x, None, unit(8, 8, 1), [1e-5], [1, 0, 1], True, flags, "", [])
     with pytest.raises(ValueError, match="no shortcut to project"):
         off = [True, False, False, False, False]
-        ops.train_block(x, None, [*unit(8, 8, 1), *unit(8, 8, 1)], [1e-5] * 2, [1, 0, 1] * 2, True, off, "")
+        ops.train_block(x, None, [*unit(8, 8, 1), *unit(8, 8, 1)], [1e-5] * 2, [1, 0, 1] * 2, True, off, "", [])
