@@ -1,6 +1,7 @@
 """Prints the bench's tables, and writes ``docs/performance.md`` and its pictures from the result files and the plan.
 
-``python -m bench.report`` prints every ``bench/results/<device>/latest.json`` and writes the page and ``docs/images``.
+``python -m bench.report`` prints every ``bench/results/<device>/latest.json`` (with ``training.json`` beside it, which
+``bench/gpu_suite.py`` writes) and writes the page and ``docs/images``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from . import RESULTS, plots
 from .bounds import bounds
 
 LAYERS, MODELS = "single steps", "throughput and accuracy"
+TRAINING, TRAINING_LAYERS = "training", "single steps of training"
+TRAIN_FILE = "training.json"  # beside latest.json: the training rows of a visit to a GPU
 IMAGES, ROOFLINE = "images", "roofline.svg"  # beside the page
 Results = Sequence[tuple[list[Row], dict[str, Any]]]
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -48,6 +51,36 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         for column in MODEL_COLUMNS
         if column[0] in ("p20-p80", "n", "vs eager", "error", "eager's", "TFLOP/s", "others %")
     ),
+)
+
+_SPREADS = tuple(c for c in MODEL_COLUMNS if c[0] in ("n", "vs eager", "error", "eager's", "others %"))
+TRAIN_COLUMNS: tuple[Column, ...] = (
+    ("model", lambda r: r.model),
+    ("batch", lambda r: str(r.train_batch_size or "")),
+    ("px", lambda r: str(r.train_img_size or "")),
+    ("dtype", lambda r: r.dtype),
+    ("provider", lambda r: r.provider),
+    ("images/s", lambda r: significant(r.train_samples_per_sec) if r.status == OK else why(r)),
+    ("ms", lambda r: significant(r.train_step_time)),
+    ("p20-p80", lambda r: f"{significant(r.step_time_p20)}-{significant(r.step_time_p80)}" if r.samples else ""),
+    ("forward", lambda r: significant(r.train_fwd_time)),
+    ("backward", lambda r: significant(r.train_bwd_time)),
+    ("optimizer", lambda r: significant(r.train_opt_time)),
+    *_SPREADS,
+    ("kept MB/image", lambda r: significant(r.saved_mb_per_image)),
+    *(c for c in MODEL_COLUMNS if c[0] in ("host ms", "peak MB", "")),
+)
+TRAIN_STEP_COLUMNS: tuple[Column, ...] = (
+    ("step", lambda r: r.model),
+    ("dtype", lambda r: r.dtype),
+    ("provider", lambda r: f"{r.provider}: {r.note}" if r.note else r.provider),
+    ("ms", lambda r: significant(r.train_step_time) if r.status == OK else why(r)),
+    *(c if c[0] != "vs eager" else ("vs PyTorch", c[1]) for c in _SPREADS if c[0] not in ("n", "others %")),
+)
+TRAIN_LEGEND = (
+    "training: forward, backward, optimizer in ms, of one step under autocast; error, eager's: root mean square "
+    "deviation of all gradients from float64 over their root mean square, each of ours gated at 3x eager's; "
+    "kept: by autograd between forward and backward, parameters not counted"
 )
 
 
@@ -71,11 +104,15 @@ def merged(rows: Sequence[Row]) -> list[Row]:
 
 def sections(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     """Titles and tables: layers first, throughput and accuracy last."""
-    models = sorted((r for r in rows if r.suite != "layers"), key=lambda r: (r.device != "cpu", r.suite != "models"))
-    layers = [r for r in rows if r.suite == "layers"]
+
+    def of(*suites: str) -> list[Row]:
+        return sorted((r for r in rows if r.suite in suites), key=lambda r: (r.device != "cpu", suites.index(r.suite)))
+
     found = [
-        (LAYERS, cells(layers, LAYER_COLUMNS)),
-        (MODELS, cells(merged(models), MODEL_COLUMNS)),
+        (TRAINING_LAYERS, cells(of("training layers"), TRAIN_STEP_COLUMNS)),
+        (LAYERS, cells([r for r in rows if r.suite == "layers"], LAYER_COLUMNS)),
+        (TRAINING, cells(merged(of("training")), TRAIN_COLUMNS)),
+        (MODELS, cells(merged(of("models", "accuracy")), MODEL_COLUMNS)),
     ]
     return [(title, table) for title, table in found if len(table) > 1]
 
@@ -86,9 +123,14 @@ def terminal(rows: Sequence[Row], env: dict[str, Any]) -> list[str]:
     for title, table in sections(rows):
         lines += ["", title, "", *plain(table)]
     lines += ["", f"{LEGEND}; {ACCURACY_LEGEND}"]
+    lines += [TRAIN_LEGEND] if _trains(rows) else []
     if any(row.predicted_step_time is not None for row in rows):
         lines.append(PREDICTION)
     return [*lines, conditions(env), *filter(None, [busy(rows)])]
+
+
+def _trains(rows: Sequence[Row]) -> bool:
+    return any(row.suite.startswith("training") for row in rows)
 
 
 def page(results: Results) -> str:
@@ -102,6 +144,8 @@ def page(results: Results) -> str:
         "",
         f"{LEGEND[0].upper()}{LEGEND[1:]}; {ACCURACY_LEGEND}.",
     ]
+    if any(_trains(rows) for rows, _ in results):
+        lines += ["", f"{TRAIN_LEGEND[0].upper()}{TRAIN_LEGEND[1:]}."]
     for rows, env in results:
         lines += ["", f"## {env['device']}", "", conditions(env) + "."]
         lines += ["", f"**{warning}**"] if (warning := busy(rows)) else []
@@ -170,17 +214,32 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return made
 
 
+def found_in(folder: Path) -> list[tuple[list[Row], dict[str, Any]]]:
+    """The results of each device below a folder; training rows of a file of their own replace those of the bench."""
+    found = []
+    for device in sorted(path for path in folder.glob("*") if path.is_dir()):
+        latest, training = device / "latest.json", device / TRAIN_FILE
+        rows, env = load(latest) if latest.exists() else ([], {})
+        if training.exists():
+            trained, its_env = load(training)
+            rows, env = [row for row in rows if not _trains([row])] + trained, env or its_env
+        if rows:
+            found.append((rows, env))
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns 1 where there are no results, or nothing to draw with."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with <device>/latest.json")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder with <device>/latest.json and training.json"
+    )
     parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file to write")
     args = parser.parse_args(argv)
-    paths = sorted(args.results.glob("*/latest.json"))
-    if not paths:
+    results = found_in(args.results)
+    if not results:
         print(f"no */latest.json under {args.results}; run `pytest bench/` first", file=sys.stderr)
         return 1
-    results = [load(path) for path in paths]
     for rows, env in results:
         print("\n".join(terminal(rows, env)))
     args.page.parent.mkdir(parents=True, exist_ok=True)
