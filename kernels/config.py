@@ -20,7 +20,7 @@ CHAIN_KERNELS = ("conv_chain", "chain_rolling")
 #: Kernels at the ends of a network.
 END_KERNELS = ("conv1x1_pool", "stem_pool")
 #: Kernels of a training step.
-TRAIN_KERNELS = ("conv_stats", "dgrad", "wgrad", "expand", "gram_dgrad")
+TRAIN_KERNELS = ("conv_stats", "conv_stats_rolling", "dgrad", "wgrad", "expand", "gram_dgrad")
 ALL_KERNELS = KERNELS + CHAIN_KERNELS + END_KERNELS
 #: Kernels that see the output pixels as one row.
 FLAT_KERNELS = ("conv1x1", "conv_pointer", "conv1x1_pool", "gram_dgrad")
@@ -30,7 +30,7 @@ ROLLING_KERNELS = ("conv_rolling", "chain_rolling", "stem_pool")
 SPLIT_KERNELS = ("conv_tma", "conv1x1")
 PDL_KERNELS = (*SPLIT_KERNELS, "conv_pointer")
 #: Kernels whose programs may walk over several tiles.
-PERSISTENT_KERNELS = ("conv1x1", "conv_stats")
+PERSISTENT_KERNELS = ("conv1x1", "conv_stats", "conv_stats_rolling")
 MOST_SPLITS = 16
 #: Programs that can share the pixels of one block of a weight gradient.
 MOST_WGRAD_SPLITS = 1024

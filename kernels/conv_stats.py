@@ -28,7 +28,8 @@ tile      warps registers instructions pressure
 256 x 64  8     199       302          1.18
 ========= ===== ========= ============ ===========
 
-Two programs of 4 warps share a multiprocessor. With 64 filters a tap has too few products for its normalisation.
+Two programs of 4 warps share a multiprocessor. With 64 filters a tap has too few products for its normalisation:
+there ``conv_stats_rolling.py``, which normalises a row three times instead of nine, comes first.
 Boxes at the border add 41 to 86 instructions. Without a prologue a step has 110 to 121: 0.21 to 0.24.
 """
 
@@ -40,6 +41,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import FEW_TILES, ConvConfig, least_waste_box, next_power_of_two
+from .conv_stats_rolling import launch_conv_stats_rolling, rolling_refusal, rolling_stats_configs, rows_of_tiles
 from .epilogue import relu
 from .geometry import ConvShape, cdiv
 from .launch import count, multiprocessors
@@ -162,6 +164,8 @@ def refusal(shape: ConvShape, itemsize: int, config: ConvConfig) -> str | None:
         return f"C and K must be multiples of {16 // itemsize}, so that a pixel is a multiple of 16 bytes, got {shape}"
     if max(config.box) > 256 or max(config.bn, config.bk) > 256:
         return f"no side of a tile may exceed 256, got config={config}"
+    if config.kernel == "conv_stats_rolling":
+        return rolling_refusal(shape, config)
     if shape.stride == 1 or (shape.r == shape.s == 1 and shape.padding == 0):
         return None
     if shape.stride != 2 or shape.h % 2 or shape.w % 2:
@@ -209,7 +213,7 @@ def conv_stats_configs(shape: ConvShape, itemsize: int, prologue: bool, precisio
     bk = min(128 // itemsize, max(16, next_power_of_two(shape.c)))
     if shape.stride == 2 and shape.r * shape.s > 1:
         bk = min(bk, shape.c & -shape.c)
-    configs, later = [], []
+    configs, later = rolling_stats_configs(shape, itemsize), []
     for bm, bn, warps, stages, resident in tiles:
         if bk < 16 or bn > widest or (bn < min(64, widest)):
             continue
@@ -231,6 +235,8 @@ def conv_stats_parts(shape: ConvShape, config: ConvConfig, multiprocessors: int 
     tn, th, tw = config.box
     if shape.pointwise:
         tiles = cdiv(shape.m, config.bm)
+    elif config.kernel == "conv_stats_rolling":
+        tiles = rows_of_tiles(shape, config)
     else:
         tiles = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
     programs = max(1, max(1, config.persistent) * multiprocessors // cdiv(shape.k, config.bn))
@@ -247,7 +253,7 @@ def launch_conv_stats(
     config: ConvConfig,
     precision: str,
 ) -> None:
-    """Launches :func:`conv_stats`.
+    """Launches :func:`conv_stats`, or ``conv_stats_rolling`` where that is the configuration's kernel.
 
     Args:
         x: ``[N,H,W,C]``, dense.
@@ -264,6 +270,10 @@ def launch_conv_stats(
     """
     if reason := refusal(shape, x.element_size(), config):
         raise ValueError(f"{reason}; take a configuration of conv_stats_configs, or the library where it has none")
+    number = conv_stats_parts(shape, config, multiprocessors(x.device)) if parts is None else parts.shape[0]
+    if config.kernel == "conv_stats_rolling":
+        launch_conv_stats_rolling(x, w, y, parts, number, shape, prologue, config, precision)
+        return
     n, h, width, p, q, c = shape.n, shape.h, shape.w, shape.p, shape.q, shape.c
     box, bk = list(config.box), config.bk
     if shape.pointwise:
@@ -283,7 +293,6 @@ def launch_conv_stats(
     else:
         halves = [n, h // 2, 2, width // 2, 2 * c]
         x_box = TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
-    number = conv_stats_parts(shape, config, multiprocessors(x.device)) if parts is None else parts.shape[0]
     count("conv_stats")
     conv_stats[(number * cdiv(shape.k, config.bn),)](
         x_box, TensorDescriptor.from_tensor(w.flatten(1), [config.bn, config.bk]),
