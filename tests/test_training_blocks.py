@@ -517,19 +517,19 @@ def unit(k: int, c: int, r: int, constant: bool = False) -> list[Tensor | None]:
 
 
 def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Operator and arguments by name; relu, own_shortcut, gram, masked_grad, mask_input are the flags."""
+    """Operator and arguments by name; relu, own_shortcut, gram, masked_grad, mask_input, following: flags."""
     x = torch.randn(3, 8, 6, 5)
     bottleneck = [*unit(4, 8, 1), *unit(4, 4, 3, True), *unit(16, 4, 1), *unit(16, 8, 1)]
     geometry = [1, 0, 1, 2, 1, 1, 1, 0, 1, 2, 0, 1]
     forwards: dict[str, tuple[str, tuple[Any, ...]]] = {}
     for gram in (False, True):
-        flags = [True, True, gram, False, True]
+        flags = [True, True, gram, False, True, False]
         arguments = (x, None, bottleneck, [1e-5] * 4, geometry, True, flags, "")
         forwards[f"bottleneck, gram={gram}"] = ("train_block", arguments)
     basic = (x, torch.randn(3, 12, 3, 3), [*unit(12, 8, 3), *unit(12, 12, 3)], [1e-5] * 2, [2, 1, 1, 1, 1, 1])
-    forwards["basic, a shortcut of its own"] = ("train_block", (*basic, False, [True, False, False, False, False], ""))
+    forwards["basic, a shortcut of its own"] = ("train_block", (*basic, False, [True, *[False] * 5], ""))
     one = (x.transpose(2, 3), None, unit(6, 8, 1), [1e-5], [1, 0, 1], False)
-    forwards["unit"] = ("train_block", (*one, [False, False, False, False, False], ""))
+    forwards["unit"] = ("train_block", (*one, [False] * 6, ""))
     image = torch.randn(2, 3, 17, 14)
     forwards["stem"] = ("train_stem", (image, *unit(4, 3, 7), 1e-5, ""))
     forwards["stem, constant"] = ("train_stem", (image, *unit(4, 3, 7, True), 1e-5, ""))
@@ -548,12 +548,19 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
             found[f"{name}, backward"] = (
                 f"{op}_backward", (grad, *arguments[:3], [y, *rest], *arguments[3:], needs)
             )  # fmt: skip
+    chained = [True, True, True, False, False, True]
+    with_next = (x, None, [*bottleneck, *unit(6, 16, 1)], [1e-5] * 5, [*geometry, 1, 0, 1], True, chained, "", [])
+    found["the next block's first"] = ("train_block", with_next)
+    y, *_, raw, stats = ops.train_block(*with_next)
+    end = [*unit(6, 16, 1), *unit(16, 6, 1)]
+    identity = (y, None, end, [1e-5] * 2, [1, 0, 1] * 2, False, [True, True, *[False] * 4], "", [raw, stats])
+    found["the first is known"] = ("train_block", identity)
     return found
 
 
 NAMES = [f"{name}{way}" for name in (
     "bottleneck, gram=False", "bottleneck, gram=True", "basic, a shortcut of its own", "unit", "stem", "stem, constant"
-) for way in ("", ", backward")]  # fmt: skip
+) for way in ("", ", backward")] + ["the next block's first", "the first is known"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -574,11 +581,11 @@ def test_shapes_and_strides_are_known_before_running(name: str) -> None:
 
 def test_arguments_that_do_not_fit_are_named() -> None:
     x = torch.randn(2, 8, 4, 4)
-    flags = [True, True, False, False, False]
+    flags = [True, True, *[False] * 4]
     with pytest.raises(ValueError, match="1 eps need 5 tensors"):
         ops.train_block(x, None, unit(8, 8, 1)[:4], [1e-5], [1, 0, 1], False, flags, "", [])
     with pytest.raises(ValueError, match="the only unit is the projection's"):
         ops.train_block(x, None, unit(8, 8, 1), [1e-5], [1, 0, 1], True, flags, "", [])
     with pytest.raises(ValueError, match="no shortcut to project"):
-        off = [True, False, False, False, False]
+        off = [True, *[False] * 5]
         ops.train_block(x, None, [*unit(8, 8, 1), *unit(8, 8, 1)], [1e-5] * 2, [1, 0, 1] * 2, True, off, "", [])
