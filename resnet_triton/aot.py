@@ -4,6 +4,7 @@
     python -m resnet_triton.aot --diff          and what changed since tests/codegen/golden.json; exit code 1 if worse
     python -m resnet_triton.aot --golden        rewrites tests/codegen/golden.json: accepts the changes
     python -m resnet_triton.aot --markdown      the table for docs/codegen.md
+    python -m resnet_triton.aot --alternatives  and whether any other configuration of a training kernel spills
 
 Compiling and measuring is in :mod:`.codegen`, judging in :mod:`.golden`. None of this needs a GPU.
 """
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -36,19 +37,25 @@ from .codegen import (
     Launch,
     Metrics,
     Use,
+    arguments,
     chain_launches,
     conv_launches,
     measure,
+    misfit,
     planned_for,
     specialization,
     trace,
 )
 from .devices import Target, known_devices
-from .golden import ACCEPT, GOLDEN, diff, golden_record, problems
+from .golden import ACCEPT, GOLDEN, LOOP_GOAL, diff, golden_record, heavy_loop, problems
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.epilogue import Operands
 from .kernels.geometry import ChainShape, ConvShape, cdiv
+from .nests import nest_of_training
 from .shapes import BLOCKS, BN_ADD_RELU, BN_RELU, CLASSES, ConvSite, features, resnet_convs, stem_conv
+
+if TYPE_CHECKING:
+    from .training.programs import Program
 
 DEPTHS, BATCHES, SIZE = tuple(BLOCKS), (1, 32, 256), 224
 #: Dtype, and how fp32 products are formed.
@@ -59,6 +66,10 @@ NUMERICS = (
     (torch.float32, "ieee"),
 )
 ARCHITECTURES = (90, 80, 100)
+#: Depth of the networks whose training steps are compiled, whether in the Gram form, and whether blocks are chained.
+TRAINED = ((50, True, True), (50, True, False), (50, False, False), (18, False, False))
+#: The most configurations that a training kernel has for a shape.
+MOST_CONFIGS = 8
 
 
 def cases(sm: int = 90, limit: int | None = None) -> list[Case]:
@@ -66,9 +77,10 @@ def cases(sm: int = 90, limit: int | None = None) -> list[Case]:
 
     sm_90: whatever the plan for an H200 picks for each layer of ResNet-18 to 152 at 224 px and batch 1, 32 and 256 in
     bf16, with the layer's own epilogue (batch normalisation in fp32, as under autocast), every configuration of the
-    chains of ResNet-50's blocks, and each kernel in fp16, TF32 and exact fp32. Others: each kernel once in each of
-    these. All: the configurations of the shipped tuned files of the architecture. Layers that need the same program are
-    one case. The user's own tuned files play no part.
+    chains of ResNet-50's blocks, each kernel in fp16, TF32 and exact fp32, and training steps of ResNet-50 and
+    ResNet-18 at batch 256 in bf16, each of their kernels in the other dtypes. Others: each kernel of inference once in
+    each of these. All: the configurations of convolutions and chains in the shipped tuned files of the architecture.
+    Layers that need the same program are one case. The user's own tuned files play no part.
 
     Args:
         sm: 80, 90 or 100.
@@ -100,6 +112,45 @@ def _candidates(sm: int) -> Iterator[Case]:
             if sm == 90 or case.kernel not in seen:
                 seen.add(case.kernel)
                 yield case
+    if sm == 90:
+        yield from _training(target)
+
+
+def _training(target: Target) -> Iterator[Case]:
+    """Training steps: every program with products in bf16, of the others the largest; of other dtypes, each kernel with
+    the most operands."""
+    vectors: dict[tuple[str, str], Case] = {}
+    for case in _Kernels(target, torch.bfloat16, "tf32").training():
+        if case.config:
+            yield case
+        else:
+            kept = vectors.setdefault((case.kernel, case.operands), case)
+            if case.uses[0].bytes > kept.uses[0].bytes:
+                vectors[case.kernel, case.operands] = case
+    yield from vectors.values()
+    for dtype, precision in NUMERICS[1:]:
+        most: dict[str, Case] = {}
+        for case in _Kernels(target, dtype, precision).training():
+            if case.config or precision == "tf32":  # the others have no choice of products
+                kept = most.setdefault(case.kernel, case)
+                if len(case.operands) > len(kept.operands):
+                    most[case.kernel] = case
+        yield from most.values()
+
+
+def alternatives(sm: int = 90) -> list[Case]:
+    """The other configurations of training kernels with products, among which a plan or a tuner may choose in bf16."""
+    target = planned_for(sm)
+    if sm != 90 or target is None:
+        return []
+    kernels = _Kernels(target, torch.bfloat16, "tf32")
+    first = {case.name for case in kernels.training()}
+    found: dict[str, Case] = {}
+    for pick in range(1, MOST_CONFIGS):
+        for case in kernels.training(pick):
+            if case.config and case.name not in first:
+                found.setdefault(case.name, case)
+    return list(found.values())
 
 
 def _networks(kernels: _Kernels) -> Iterator[Case]:
@@ -341,6 +392,39 @@ class _Kernels:
         for launch in self._trace(lambda: launch_fold_bn(w, None, v, v, v, v, 1e-5, w, v)):
             yield self._case(launch, "fold 3x3 512->512", 2 * w.nbytes, w.numel())
 
+    def training(self, pick: int = 0) -> Iterator[Case]:
+        """What training steps launch; ``pick`` as of :meth:`.training.programs.TrainingStep.programs`."""
+        from .training.programs import TrainingStep
+
+        for depth, gram, chained in TRAINED:
+            step = TrainingStep(depth, BATCHES[-1], SIZE, gram, chained)
+            for program in step.programs(self.dtype, self.precision, self.target, pick):
+                yield self._program(program)
+
+    def _program(self, program: Program) -> Case:
+        from .training import plan as training_plan
+
+        launch, config, operands = program.launch, program.config, program.operands
+        name, given = launch.kernel.__name__, arguments(launch)
+        if config is None:  # moves bytes: whatever it is given, once
+            tensors = {id(t): t for t in map(_tensor, given.values()) if t is not None}.values()
+            use = Use(
+                program.label, math.prod(launch.grid), sum(t.nbytes for t in tensors), max(t.numel() for t in tensors)
+            )
+        else:
+            assert program.work is not None
+            whole = training_plan.predict(program.work, config, self.dtype, self.precision, self.target)
+            part = replace(whole, **{limit: us * program.share for limit, us in whole.limits.items()})
+            moved = int(training_plan.moved_bytes(program.work, self.dtype) * program.share)
+            written = _tensor(given[_WRITTEN.get(name, "y")])
+            assert written is not None
+            tiles = nest_of_training(name, given).tiles
+            use = Use(program.label, math.prod(launch.grid), moved, written.numel(), None, part, tiles)
+        unique = _name(launch, self.target.sm, self.precision, config, operands)
+        return Case(
+            unique, name, self.target.sm, self.dtype, self.precision, config, None, (use,), launch, True, operands
+        )
+
     def _trace(self, launcher: Callable[[], object]) -> list[Launch]:
         return trace(launcher, self.target.multiprocessors)
 
@@ -358,6 +442,16 @@ class _Kernels:
         name = _name(launch, self.target.sm, self.precision, config, use.fused or epilogue)
         kernel = launch.kernel.__name__
         return Case(name, kernel, self.target.sm, self.dtype, self.precision, config, epilogue, (use,), launch)
+
+
+#: The argument of a training kernel that is written, where it is not ``y``.
+_WRITTEN = {"dgrad": "dx", "wgrad": "parts", "gram_dgrad": "out"}
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """A tensor, or what a tensor descriptor describes."""
+    value = getattr(value, "base", value)
+    return value if isinstance(value, Tensor) else None
 
 
 #: Constants that the configuration's and the epilogue's own text already say.
@@ -410,7 +504,7 @@ def row(case: Case, metrics: Metrics) -> tuple[str, ...]:
         case.kernel,
         dtype if case.dtype != torch.float32 or case.config is None else f"{dtype} {case.precision}",
         str(case.config or "-"),
-        case.uses[0].fused or str(case.epilogue or "-"),
+        case.uses[0].fused or case.operands or str(case.epilogue or "-"),
         case.uses[0].label,
         str(len(case.uses)),
         str(metrics.registers),
@@ -457,9 +551,10 @@ Generated by `python -m resnet_triton.aot --markdown` with triton {triton}, with
 measured.
 
 - *layers*: how many distinct layers of ResNet-18 to 152 (224 px, batch 1, 32, 256) run this very program; the
-  *first layer* is one of them.
+  *first layer* is one of them. Of training: how many launches in steps of ResNet-50 and ResNet-18 at batch 256, each
+  with the configuration that is predicted fastest; of kernels without products, the largest launch is shown.
 - *epilogue*: what follows a convolution in the same kernel; of a chain, its convolutions (`expand/2`: every second row
-  and column of its output is stored).
+  and column of its output is stored); of a training kernel, the operands that it is given besides what it always needs.
 - *spills*, *shared*: bytes a thread, bytes a program. *programs/SM*: how many fit a multiprocessor.
 - *MMA*, *TMA*: matrix instructions (FFMA for exact fp32), and TMA loads + stores in the listing.
 - *step*: instructions that a warp issues in one iteration of each loop with products, loops inside it apart: `a + b`
@@ -468,9 +563,12 @@ measured.
 - *loops*, *pressure*: issue cycles over tensor-core cycles (over FFMA cycles for exact fp32, which cannot be below 1):
   of one iteration of each loop, as under *step*, and of a tile in all. The tests keep a tile's below 0.7 for TMA
   kernels of one convolution wherever the tensor cores take longer than device memory and the launch.
-- *instr/output*: thread instructions per output element.
+- *instr/output*: thread instructions per output element; of training kernels without products, per element of the
+  largest tensor, every loop counted once.
 - *issue/roof*: predicted issue time over the slowest other *limit* of the layer, worst layer. The tests
   keep it below 1: there, the instructions are hidden.
+- The tests hold every program to its own figures; below the tables of training stands why a loop has a pressure above
+  {goal}.
 """
 
 
@@ -478,6 +576,60 @@ def _progress(done: int, total: int, text: str) -> None:
     """One line on stderr, rewritten on a terminal."""
     end = "" if sys.stderr.isatty() and done < total else "\n"
     print(f"\r[{done}/{total}] {text:.100}".ljust(112), end=end, file=sys.stderr, flush=True)
+
+
+def _report(group: Sequence[Case], sm: int, training: bool, markdown: bool, golden: dict[str, dict]) -> bool:
+    """Prints the table of some cases and what is wrong with them, adds their figures to ``golden``; whether any is."""
+    rows, notes = [], []
+    heavy: dict[tuple[str, str], list[Metrics]] = {}
+    for done, case in enumerate(group, 1):
+        _progress(done, len(group), case.name)
+        try:
+            metrics = measure(case)
+        except RuntimeError as error:
+            notes.append(str(error).replace("\n", " "))
+            continue
+        rows.append(row(case, metrics))
+        golden[case.name] = golden_record(metrics)
+        notes += [f"{case.name}: {problem}" for problem in problems(case, metrics)]
+        if training and (reason := heavy_loop(case, metrics)):
+            heavy.setdefault((case.kernel, reason), []).append(metrics)
+    print(heading(sm, training, len(rows), markdown))
+    _print_table(rows, markdown)
+    bullet = "- " if markdown else ""
+    if heavy:
+        print(f"\nLoops above {LOOP_GOAL}:\n")
+        print("\n".join(f"{bullet}{line}" for line in map(_heavy_line, heavy.items())))
+    print("".join(f"\n{bullet}{note}" for note in notes))
+    return len(notes) > 0
+
+
+def heading(sm: int, training: bool, programs: int, markdown: bool) -> str:
+    """The heading of a table."""
+    target = f", planned for {DEVICES[sm]}" if sm in DEVICES else ""
+    return f"{'## ' if markdown else ''}sm_{sm}{', training' * training}: {programs} programs{target}\n"
+
+
+def _heavy_line(item: tuple[tuple[str, str], list[Metrics]]) -> str:
+    (kernel, reason), found = item
+    most = max(loop.pressure for metrics in found for loop in metrics.loops)
+    over = max(metrics.issue_over_roof or 0.0 for metrics in found)
+    return f"{kernel}, {len(found)} programs, up to {most:.2f} (issue/roof up to {over:.2f}): {reason}."
+
+
+def _report_alternatives(found: Sequence[Case]) -> bool:
+    """Says what is wrong with other configurations of training kernels; whether any is."""
+    notes = []
+    for done, case in enumerate(found, 1):
+        _progress(done, len(found), case.name)
+        try:
+            if reason := misfit([case.launch], case.sm, SHARED_LIMIT[case.sm]):
+                notes.append(f"{case.name}: {reason}")
+        except RuntimeError as error:
+            notes.append(f"{case.name}: {error}")
+    print(f"\n{len(found)} other configurations of training kernels: {len(notes) or 'none'} with problems")
+    print("".join(f"- {note}\n" for note in notes), end="")
+    return len(notes) > 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -489,32 +641,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--golden", nargs="?", const=GOLDEN, type=Path, help=f"write the golden file ({GOLDEN.name})")
     parser.add_argument("--diff", nargs="?", const=GOLDEN, type=Path, help=f"compare with {GOLDEN.name}")
+    parser.add_argument(
+        "--alternatives", action="store_true", help="compile every other configuration of training kernels too"
+    )
     options = parser.parse_args(argv)
     partial = bool(options.sm or options.limit or options.only)
     if options.golden and partial:
         parser.error("--golden keeps every case: leave --sm, --limit and --only away")
 
-    start, failed, golden = time.monotonic(), False, {}
+    start, failed = time.monotonic(), False
+    golden: dict[str, dict] = {}
     if options.markdown:
-        print(PREAMBLE.format(triton=triton.__version__))
+        print(PREAMBLE.format(triton=triton.__version__, goal=LOOP_GOAL))
     for sm in options.sm or ARCHITECTURES:
         selected = [case for case in cases(sm, options.limit) if options.only in case.name]
-        rows, notes = [], []
-        for done, case in enumerate(selected, 1):
-            _progress(done, len(selected), case.name)
-            try:
-                metrics = measure(case)
-            except RuntimeError as error:
-                notes.append(str(error).replace("\n", " "))
-                continue
-            rows.append(row(case, metrics))
-            golden[case.name] = golden_record(metrics)
-            notes += [f"{case.name}: {problem}" for problem in problems(case, metrics)]
-        target = f", planned for {DEVICES[sm]}" if sm in DEVICES else ""
-        print(f"{'## ' if options.markdown else ''}sm_{sm}: {len(rows)} programs{target}\n")
-        _print_table(rows, options.markdown)
-        print("".join(f"\n{'- ' if options.markdown else ''}{note}" for note in notes))
-        failed |= bool(notes)
+        for training in (False, True):
+            group = [case for case in selected if case.training == training]
+            if group or not training:
+                failed |= _report(group, sm, training, options.markdown, golden)
+        if options.alternatives:
+            failed |= _report_alternatives([case for case in alternatives(sm) if options.only in case.name])
     if options.diff:
         try:
             lines, different = diff(golden, options.diff, complete=not partial)

@@ -37,7 +37,7 @@ from .devices import Target, known_devices
 from .issue import IssueCount, count_issued
 from .kernels.config import ConvConfig, Epilogue, count_tiles
 from .kernels.geometry import ChainShape, ConvShape, cdiv
-from .nests import Loop, nest_of
+from .nests import Loop, nest_of, nest_of_training
 from .repeats import repeats
 
 #: The device each architecture is planned for.
@@ -69,6 +69,8 @@ class Use:
         bytes: through device memory.
         outputs: elements written.
         shape: of a convolution or a chain of them, else None.
+        prediction: of a training kernel with products, else None.
+        tiles: of a training kernel with products, else 0.
     """
 
     label: str
@@ -76,6 +78,8 @@ class Use:
     bytes: int
     outputs: int
     shape: ConvShape | ChainShape | None = None
+    prediction: cost.Prediction | None = None
+    tiles: int = 0
 
     @property
     def fused(self) -> str:
@@ -101,6 +105,8 @@ class Case:
         epilogue: of a convolution, else None.
         uses: the layers that run it.
         launch: the arguments; not compared.
+        training: whether it belongs to a training step.
+        operands: what a kernel of a training step is given besides what it always needs, in words.
     """
 
     name: str
@@ -112,16 +118,22 @@ class Case:
     epilogue: Epilogue | None
     uses: tuple[Use, ...]
     launch: Launch = field(compare=False, repr=False)
+    training: bool = False
+    operands: str = ""
 
     @property
     def loops(self) -> tuple[Loop, ...]:
         """The loops with products, for one output tile; empty for a kernel without any."""
+        if self.training and self.config:
+            return nest_of_training(self.kernel, arguments(self.launch)).loops
         shape = self.uses[0].shape
         return nest_of(shape, self.config) if shape and self.config else ()
 
     @property
     def persistent(self) -> bool:
         """Whether a program walks over several tiles."""
+        if self.training and self.config:
+            return nest_of_training(self.kernel, arguments(self.launch)).walks
         return self.launch.kwargs.get("PROGRAMS", 0) > 0
 
     @property
@@ -228,6 +240,11 @@ def _architecture(sm: int) -> Iterator[None]:
         driver.set_active(previous)
 
 
+def arguments(launch: Launch) -> dict[str, Any]:
+    """The arguments of a launch by name."""
+    return dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
+
+
 def trace(launcher: Callable[[], object], multiprocessors: int) -> list[Launch]:
     """Runs a launcher on meta tensors and returns what it would have launched.
 
@@ -240,7 +257,7 @@ def trace(launcher: Callable[[], object], multiprocessors: int) -> list[Launch]:
     """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process; unset it")
-    from .kernels import conv1x1
+    from .kernels import conv1x1, expand
 
     launches: list[Launch] = []
 
@@ -250,6 +267,7 @@ def trace(launcher: Callable[[], object], multiprocessors: int) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(conv1x1, "multiprocessors", lambda device: multiprocessors),
+        patch.object(expand, "multiprocessors", lambda device: multiprocessors),
     ):
         launcher()
     return launches
@@ -408,7 +426,9 @@ def measure(case: Case, compiled: Compiled | None = None) -> Metrics:
 
 
 def _tiles(case: Case, use: Use) -> int:
-    """Output tiles of a launch: its programs, but for the persistent kernel."""
+    """Output tiles of a launch: its programs, but for kernels that walk."""
+    if case.training:
+        return use.tiles or use.programs
     if not case.persistent:
         return use.programs
     assert isinstance(use.shape, ConvShape) and case.config
@@ -434,6 +454,8 @@ def _roofs(case: Case, use: Use) -> dict[str, float]:
     if target is None:
         return {}
     roofs = {"hbm": use.bytes / target.hbm_tb_s / 1e6, "launch": cost.LAUNCH_US}
+    if use.prediction is not None:
+        return roofs | {name: getattr(use.prediction, name) for name in ("hbm", "l2", "tensor")}
     if case.config is None:
         return roofs
     if case.kernel == "stem_pool":

@@ -32,7 +32,8 @@ class LoopCount:
         step: instructions of one iteration of the source, besides those of inner loops; the mean where iterations
             differ.
         times: iterations for one tile in all; the peeled ones are not among them.
-        macs: multiply-adds of the program that go with ``step``.
+        macs: multiply-adds of the program that go with ``step``; where an iteration has none but those of inner
+            loops, these.
     """
 
     depth: int
@@ -247,11 +248,12 @@ def _counts(body: _Body, matches: Sequence[_Match], entries: float, depth: int) 
         if len(match.inner) == len(loop.inner):  # then the products behind no loop are those of every iteration
             always |= {b for b in sometimes if body.macs([b])}
             sometimes -= always
+        macs = loop.work / loop.trips - share * sum(inner.trips * inner.loop.longest for inner in match.inner)
         yield LoopCount(
             depth,
             (body.issued(always) + share * body.issued(sometimes)) / match.unrolled,
             entries * match.trips,
-            loop.work / loop.trips - share * sum(inner.trips * inner.loop.longest for inner in match.inner),
+            macs or loop.work / loop.trips,
         )
         yield from _counts(body, match.inner, entries * match.trips * share, depth + 1)
 

@@ -5,7 +5,9 @@ Pure Python: no torch, no triton.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .kernels.config import ConvConfig, reduction_steps
 from .kernels.geometry import ChainShape, ConvShape, cdiv
@@ -71,3 +73,113 @@ def _chain(shape: ChainShape, config: ConvConfig) -> tuple[Loop, ...]:
     if shape.first is None:
         return Loop(taps, bm * conv.k * bk), pointwise
     return Loop(taps + 1, bm * (conv.k * bk + shape.first.weights)), pointwise  # anew for each tap, which it precedes
+
+
+class Nest(NamedTuple):
+    """A program of a training step.
+
+    Args:
+        loops: for one tile, in their order.
+        walks: whether a program walks over several tiles.
+        tiles: of the launch.
+    """
+
+    loops: tuple[Loop, ...]
+    walks: bool
+    tiles: int
+
+
+def nest_of_training(kernel: str, a: Mapping[str, Any]) -> Nest:
+    """The loops of a training kernel, from the arguments that it is launched with.
+
+    Args:
+        kernel: its name.
+        a: the arguments of the launch by name, None where an optional one is absent.
+
+    Where iterations differ, from phase to phase of a ``dgrad`` with stride 2 or in the shares of a ``wgrad``, the trips
+    are the mean, rounded up. The tile of a kernel that shares a reduction among programs is what a program adds to it.
+    """
+    return _TRAINING[kernel](a)
+
+
+def _boxes(a: Mapping[str, Any], height: str = "P", width: str = "Q") -> int:
+    return cdiv(a["N"], a["TN"]) * cdiv(a[height], a["TH"]) * cdiv(a[width], a["TW"])
+
+
+def _bm(a: Mapping[str, Any]) -> int:
+    return a["TN"] * a["TH"] * a["TW"]
+
+
+def _conv_stats(a: Mapping[str, Any]) -> Nest:
+    taps, chunks, macs = a["R"] * a["S"], cdiv(a["C"], a["BK"]), _bm(a) * a["BN"] * a["BK"]
+    tiles = _boxes(a) * cdiv(a["K"], a["BN"])
+    if a["scale"] is None:
+        return Nest((Loop(taps * chunks, macs),), True, tiles)
+    if taps == 1:
+        return Nest((Loop(chunks, macs),), True, tiles)
+    loop = Loop(taps, macs, taken=_taps_at_the_border(a))
+    return Nest((loop if chunks == 1 else Loop(chunks, 0, (loop,)),), True, tiles)
+
+
+def _taps_at_the_border(a: Mapping[str, Any]) -> int:
+    """How many of a box's taps reach outside the image, in the mean over the boxes, rounded up."""
+
+    def outside(size: str, out: str, side: str, taps: str) -> list[bool]:
+        """Of each box and tap along one axis: whether it leaves the image."""
+        first = range(0, a[out] * a["STRIDE"], a[side] * a["STRIDE"])
+        shifts = range(-a["PAD"], a[taps] * a["DIL"] - a["PAD"], a["DIL"])
+        last = (a[side] - 1) * a["STRIDE"]
+        return [start + shift < 0 or start + shift + last >= a[size] for start in first for shift in shifts]
+
+    rows, columns = outside("H", "P", "TH", "R"), outside("W", "Q", "TW", "S")
+    inside = rows.count(False) * columns.count(False)
+    return cdiv((len(rows) * len(columns) - inside) * a["R"] * a["S"], len(rows) * len(columns))
+
+
+def _conv_stats_rolling(a: Mapping[str, Any]) -> Nest:
+    rows, bm = a["ROWS"], a["TN"] * a["TW"]
+    strips = cdiv(cdiv(a["N"], a["TN"]) * cdiv(a["Q"], a["TW"]) * (a["P"] + 1), rows)
+    loop = Loop(rows + 2, 9 * bm * a["BN"] * a["C"], taken=rows)
+    return Nest((loop,), False, strips * cdiv(a["K"], a["BN"]))
+
+
+def _dgrad(a: Mapping[str, Any]) -> Nest:
+    steps, phases = a["R"] * a["S"] * cdiv(a["K"], a["BK"]), a["STRIDE"] ** 2
+    tiles = a["PHASES"] * _boxes(a, "H", "W") * cdiv(a["C"], a["BN"])
+    return Nest((Loop(cdiv(steps, phases), _bm(a) * a["BN"] * a["BK"]),), a["parts"] is not None, tiles)
+
+
+def _wgrad(a: Mapping[str, Any]) -> Nest:
+    shares = cdiv(a["K"], a["BN"]) * cdiv(a["C"], a["BC"]) * (a["R"] // a["RT"]) * (a["S"] // a["ST"]) * a["SPLIT"]
+    macs = _bm(a) * a["BN"] * a["BC"] * a["RT"] * a["ST"]
+    return Nest((Loop(cdiv(a["BOXES"], a["SPLIT"]), macs),), False, shares)
+
+
+def _expand(a: Mapping[str, Any]) -> Nest:
+    bm, bn, projected = _bm(a), a["BN"], a["wd"] is not None
+    macs, inner = bm * bn * a["CN"] if a["next_w"] is not None else 0, []
+    for channels, chunk in ((a["C"], a["BK"]), (a["CX"], a["BX"]))[: 1 + projected]:
+        if channels <= chunk:
+            macs += bm * bn * chunk
+        else:
+            inner.append(Loop(cdiv(channels, chunk), bm * bn * chunk))
+    chained = a["next_w"] is not None
+    tiles = _boxes(a) * (1 if chained else a["GROUPS"])
+    return Nest((Loop(a["COLUMNS"], macs, tuple(inner)),), chained, tiles)
+
+
+def _gram_dgrad(a: Mapping[str, Any]) -> Nest:
+    tile = _bm(a) * a["BN"]
+    square = Loop(cdiv(a["C"], a["BC"]), tile * a["BC"])
+    long = Loop(cdiv(a["K"], a["BK"]), tile * a["BK"])
+    return Nest((square, long), a["WALKS"], _boxes(a) * cdiv(a["C"], a["BN"]))
+
+
+_TRAINING = {
+    "conv_stats": _conv_stats,
+    "conv_stats_rolling": _conv_stats_rolling,
+    "dgrad": _dgrad,
+    "wgrad": _wgrad,
+    "expand": _expand,
+    "gram_dgrad": _gram_dgrad,
+}
