@@ -209,7 +209,7 @@ def gram_dgrad(
     d = (rows_of(h, stride) @ back.mm.to(back.v.dtype)) * back.rho + rows @ back.wp.to(back.v.dtype) + back.v
     d = d.view(n, p, q, -1).permute(0, 3, 1, 2)
     if masked and h.stats is not None:
-        d = torch.where(affine(h.raw, h.stats) > 0, d, torch.zeros_like(d))
+        d = torch.where(affine(h.raw, h.stats) > 0, d, 0.0)
     d = d.to(dz.dtype)
     return d, sums(d, h.raw) if want_sums else None
 
@@ -219,7 +219,7 @@ def gram_dgrad(
 
 def masked(dy: Tensor, y: Tensor) -> Tensor:
     """``dy`` where ``y > 0``, else 0."""
-    return torch.where(y > 0, dy, torch.zeros_like(dy))
+    return torch.where(y > 0, dy, 0.0)
 
 
 def sums(dz: Tensor, c: Tensor) -> Tensor:
@@ -308,4 +308,4 @@ def bn_relu_pool_backward(dy: Tensor, h: Lazy) -> Tensor:
     _, argmax = torch.ops.aten.max_pool2d_with_indices(a, *window)
     d = torch.ops.aten.max_pool2d_with_indices_backward(dy, a, *window, [1, 1], False, argmax)
     assert h.stats is not None
-    return torch.where(affine(h.raw, h.stats) > 0, d, torch.zeros_like(d))
+    return torch.where(affine(h.raw, h.stats) > 0, d, 0.0)
