@@ -205,7 +205,7 @@ def candidates_of(work: Work, dtype: torch.dtype, precision: str, target: Target
         return ()
     known = tuple(sorted(known, key=lambda c: predict(work, c, dtype, precision, target).us))
     first = known[0]
-    others = [replace(first, stages=stages) for stages in (first.stages + 1, first.stages - 1) if stages > 0]
+    others = [replace(first, stages=stages) for stages in (first.stages + 1, first.stages - 1) if stages > 1]
     if work.step in OVER_PIXELS:  # shares of the pixels: each costs a part that is summed up
         shares = [first.split // 2, 2 * first.split]
         fit = [n for n in shares if 1 <= n <= MOST_WGRAD_SPLITS and 2 * n * first.bm <= work.shape.m]
@@ -317,7 +317,16 @@ def predict(
         taps = prod(tap_group(work.shape, config))
         loaded = tiles / taps * depth * (tile_rows * (1 + work.backward) * taps + tile_columns)
     waves = 1.0  # programs that share the pixels fill the GPU
-    if not over_pixels:
+    if config.kernel == "conv_stats_rolling":  # each row three times, weights once, two rows more for each program
+        from ..kernels.conv_stats import conv_stats_parts
+        from ..kernels.conv_stats_rolling import rows_of_tiles
+
+        programs = conv_stats_parts(work.shape, config, target.multiprocessors or 4)
+        steps = programs * (cdiv(rows_of_tiles(work.shape, config), programs) + 2)
+        blocks = cdiv(columns, config.bn)
+        loaded = blocks * work.shape.c * (3 * steps * config.bm + 9 * programs * config.bn)
+        waves = steps * config.bm / rows
+    elif not over_pixels:
         waves = cdiv(tiles, target.multiprocessors) * target.multiprocessors / max(1, tiles)
     return cost.Prediction(
         hbm=moved_bytes(work, dtype) / target.hbm_tb_s / 1e6,
