@@ -1,10 +1,10 @@
 """One command for a visit to a GPU: `python bench/gpu_suite.py --minutes 9 --out DIR`.
 
-Steps, most valuable first: environment, limits (micro-benchmarks), check (numerics of every kernel), tune, bench. Stops
-by itself in time. A second call with the same --out goes on where the first one stopped; results of changed code are
-made anew. Rows run in worker processes, so a crash or a hang costs one row and is reported with its kernel and
-configuration. Needs torch, triton, numpy, pytest and pytest-benchmark, no installation. Leaves the GPU's settings as
-they are.
+Steps, most valuable first: environment, limits (micro-benchmarks), check (numerics of every kernel), tune, train
+(training: numerics and times), bench. Stops by itself in time. A second call with the same --out goes on where the
+first one stopped; results of changed code are made anew. Rows run in worker processes, so a crash or a hang costs one
+row and is reported with its kernel and configuration. Needs torch, triton, numpy, pytest and pytest-benchmark, no
+installation. Leaves the GPU's settings as they are.
 """
 
 from __future__ import annotations
@@ -26,11 +26,21 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != R
 
 from bench.gpu import report, tune  # noqa: E402
 from bench.gpu.rows import child_env  # noqa: E402
-from bench.gpu.steps import STEPS, compiling_ahead, write_tuned  # noqa: E402
+from bench.gpu.steps import STEPS, compiling_ahead, write_training, write_tuned  # noqa: E402
 from bench.gpu.suite import DRY, Suite  # noqa: E402
 from resnet_triton.tuning import file_name  # noqa: E402
 
-FILES = ("environment.json", "limits.json", "check.csv", "layers.csv", "bench.json", "journal.jsonl", "summary.json")
+FILES = (
+    "environment.json",
+    "limits.json",
+    "check.csv",
+    "layers.csv",
+    "training.json",
+    "training.csv",
+    "bench.json",
+    "journal.jsonl",
+    "summary.json",
+)
 
 
 def run_steps(suite: Suite, names: list[str]) -> None:
@@ -140,9 +150,10 @@ def main(argv: list[str] | None = None) -> int:
             run_steps(suite, names)
     except KeyboardInterrupt:
         interrupted = True
-    for journal in (suite.limits, suite.checks, suite.tuning):
+    for journal in (suite.limits, suite.checks, suite.tuning, suite.training):
         journal.reload()
     write_tuned(suite)
+    write_training(suite)
     summary = summarise(suite)
     print(report.table(summary), flush=True)
     if interrupted:

@@ -9,6 +9,7 @@ from bench import training_layers as layers
 from bench.conftest import SMOKE
 from bench.training import TrainGroup, measure, unmeasured
 from resnet_triton.devices import target_of
+from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.providers import Provider
 from resnet_triton.results import device_name
 from resnet_triton.training.plan import Work
@@ -45,16 +46,22 @@ def test_training_step(group: TrainGroup, dtype: str, provider: Provider, lab, p
 
 
 #: On a GPU all steps of ResNet-50 and -18, else one for each kernel.
-STEPS = layers.all_works(layers.h200()) if CUDA and not SMOKE else layers.one_each(layers.h200())
+STEPS = layers.all_steps(layers.h200()) if CUDA and not SMOKE else layers.one_each(layers.h200())
 
 
-@pytest.mark.parametrize("work", STEPS, ids=lambda work: layers.title(work).replace(" ", "_"))
-def test_step_of_training(work: Work, lab, record) -> None:
+@pytest.mark.parametrize(
+    ("work", "config"),
+    [
+        pytest.param(work, config, id=f"{layers.title(work)} {config.kernel}".replace(" ", "_"))
+        for work, config in STEPS
+    ],
+)
+def test_step_of_training(work: Work, config: ConvConfig, lab, record) -> None:
     """One step with products: ours with the plan's choice, what PyTorch runs instead, its convolution alone."""
     if not CUDA:
-        record(layers.rows_of(work, "cuda", layers.h200(), None)[0])
+        record(layers.rows_of(work, config, "cuda", layers.h200(), None)[0])
         return
-    target = target_of("cuda")
-    ours, *others = layers.rows_of(work, device_name(), target, layers.measure(work, target))
+    timed = layers.measure(work, config)
+    ours, *others = layers.rows_of(work, config, device_name(), target_of("cuda"), timed)
     lab.rows += others
     record(ours)

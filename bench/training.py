@@ -201,7 +201,7 @@ def _saved_bytes(step: Step) -> int:
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-        resnet_triton.use_backend("auto", memory=step.memory),
+        resnet_triton.use_backend(step.backend, memory=step.memory),
         step.autocast(),
     ):
         step.model(step.x)

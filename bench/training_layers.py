@@ -78,6 +78,19 @@ def own_config(work: Work, target: Target, dtype: torch.dtype = torch.bfloat16, 
     return plan.choose(work, dtype, precision, target, "triton").tiling
 
 
+def configs_by_kernel(
+    work: Work, target: Target, dtype: torch.dtype = torch.bfloat16, precision: str = "tf32"
+) -> dict[str, ConvConfig]:
+    """The configuration of each of our kernels that can compute a step, with the shortest predicted time."""
+    found: dict[str, ConvConfig] = {}
+    configs = list(plan.configs_of(work, dtype, precision, target.multiprocessors)) if runs(work, target, dtype) else []
+    if target.is_cuda:
+        configs.sort(key=lambda config: plan.predict(work, config, dtype, precision, target).us)
+    for config in configs:
+        found.setdefault(config.kernel, config)
+    return found
+
+
 class Beside(TrainProblem):
     """A step, checked against float64, beside what eager runs; arguments as for :class:`TrainProblem`."""
 
@@ -157,13 +170,11 @@ class Timed:
     """One step measured; microseconds.
 
     Args:
-        config: of our kernel.
-        us: its time; library_us: what PyTorch runs instead; conv_us: its convolution alone.
+        us: time of our kernel; library_us: what PyTorch runs instead; conv_us: its convolution alone.
         error, library_error: against float64.
         wrong: what is wrong, or None; then there are no times.
     """
 
-    config: str
     us: float
     library_us: float
     conv_us: float | None
@@ -172,20 +183,22 @@ class Timed:
     wrong: str | None = None
 
 
-def measure(work: Work, target: Target, dtype: torch.dtype = torch.bfloat16) -> Timed:
+def measure(work: Work, config: ConvConfig, dtype: torch.dtype = torch.bfloat16) -> Timed:
     """Checks a step on the GPU that is there, then times it; a wrong one is not timed."""
-    problem, config = Beside(work, dtype), own_config(work, target, dtype)
+    problem = Beside(work, dtype)
     wrong, mine, library = problem.errors_of(config)
     problem.release()
     torch.cuda.empty_cache()
     if wrong:
-        return Timed(str(config), 0.0, 0.0, None, mine.l2, library.l2, wrong)
+        return Timed(0.0, 0.0, None, mine.l2, library.l2, wrong)
     timing = problem.time(config)
-    return Timed(str(config), timing.us, timing.library_us, timing.conv_us, mine.l2, library.l2)
+    return Timed(timing.us, timing.library_us, timing.conv_us, mine.l2, library.l2)
 
 
-def rows_of(work: Work, device: str, target: Target, timed: Timed | None, dtype: str = "bfloat16") -> list[Row]:
-    """Rows of one step with the plan's choice, ours first; ``timed`` None: not measured."""
+def rows_of(
+    work: Work, config: ConvConfig, device: str, target: Target, timed: Timed | None, dtype: str = "bfloat16"
+) -> list[Row]:
+    """Rows of one step with our configuration and the plan's choice, ours first; ``timed`` None: not measured."""
     assert work.shape is not None
     batch, kind = work.shape.n, getattr(torch, dtype)
     choice = plan.choose(work, kind, "tf32", target, "auto")
@@ -198,13 +211,11 @@ def rows_of(work: Work, device: str, target: Target, timed: Timed | None, dtype:
         return made
 
     ours = row(OURS, timed.us if timed else None)
-    ours.note = chosen
+    ours.note = f"{config.kernel} {config}; {chosen}"
     if timed is None:
-        own = own_config(work, target, kind)
-        ours.predicted_step_time = plan.predict(work, own, kind, "tf32", target).us / 1e3
+        ours.predicted_step_time = plan.predict(work, config, kind, "tf32", target).us / 1e3
         ours.predicted_for = target.name
         return [ours]
-    ours.note = f"{timed.config}; {chosen}"
     ours.error, ours.eager_error = timed.error, timed.library_error
     if timed.wrong:
         ours.status = f"{WRONG}: {timed.wrong}"
@@ -213,21 +224,19 @@ def rows_of(work: Work, device: str, target: Target, timed: Timed | None, dtype:
     return [ours, row(LIBRARY, timed.library_us), *([row(ALONE, timed.conv_us)] if timed.conv_us else [])]
 
 
-def one_each(target: Target, batch: int = 256) -> list[Work]:
-    """One step of ResNet-50 or -18 for each kind of step and kernel."""
-    chosen: dict[tuple[str, str], Work] = {}
+def one_each(target: Target, batch: int = 256) -> list[tuple[Work, ConvConfig]]:
+    """One step of ResNet-50 or -18 for each kind of step and kernel, with the kernel's configuration."""
+    chosen: dict[tuple[str, str], tuple[Work, ConvConfig]] = {}
     for work in (*works("resnet50", batch), *works("resnet18", batch)):
-        if runs(work, target):
-            chosen.setdefault((work.step, own_config(work, target).kernel), work)
+        for kernel, config in configs_by_kernel(work, target).items():
+            chosen.setdefault((work.step, kernel), (work, config))
     return list(chosen.values())
 
 
-def all_works(target: Target, batch: int = 256) -> list[Work]:
-    """The distinct steps of ResNet-50 in both forms and of ResNet-18 that our kernels can compute."""
-    found = [
-        *works("resnet50", batch), *works("resnet18", batch), *works("resnet50", batch, "stored"),
-    ]  # fmt: skip
-    return [work for work in dict.fromkeys(found) if runs(work, target)]
+def all_steps(target: Target, batch: int = 256) -> list[tuple[Work, ConvConfig]]:
+    """The distinct steps of ResNet-50 in both forms and of ResNet-18 that our kernels compute, as they would."""
+    found = (*works("resnet50", batch), *works("resnet18", batch), *works("resnet50", batch, "stored"))
+    return [(work, own_config(work, target)) for work in dict.fromkeys(found) if runs(work, target)]
 
 
 def h200() -> Target:

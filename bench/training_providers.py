@@ -40,12 +40,19 @@ class Step:
         x: float32 images.
         dtype: of autocast where it has 16 bits; else the model's own.
         loss: ``(images, labels) -> loss``; the model's cross entropy by default.
-        memory: see :func:`resnet_triton.use_backend`.
+        memory, backend: see :func:`resnet_triton.use_backend`.
     """
 
     def __init__(
-        self, model: nn.Module, x: Tensor, dtype: torch.dtype, loss: Loss | None = None, memory: str = "auto"
+        self,
+        model: nn.Module,
+        x: Tensor,
+        dtype: torch.dtype,
+        loss: Loss | None = None,
+        memory: str = "auto",
+        backend: str = "auto",
     ) -> None:
+        self.backend = backend
         self.model, self.x, self.dtype, self.memory = model, x, dtype, memory
         self.labels = torch.arange(len(x), device=x.device) % 10
         self.loss = loss or loss_of(model)
@@ -56,7 +63,7 @@ class Step:
         self._marks.clear()
         self._mark()
         self.optimizer.zero_grad()
-        with use_backend("auto", memory=self.memory):
+        with use_backend(self.backend, memory=self.memory):
             with self.autocast():
                 loss = self.loss(self.x, self.labels)
             self._mark()
@@ -95,8 +102,8 @@ class Step:
 class GraphedStep(Step):
     """A step captured once as a CUDA graph and replayed; a call copies the images in, as a loop would."""
 
-    def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(model, x.clone(memory_format=torch.channels_last), dtype)
+    def __init__(self, model: nn.Module, x: Tensor, dtype: torch.dtype, backend: str = "auto") -> None:
+        super().__init__(model, x.clone(memory_format=torch.channels_last), dtype, backend=backend)
         self.images = x
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

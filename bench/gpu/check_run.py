@@ -23,6 +23,7 @@ from resnet_triton.journal import Journal
 from resnet_triton.kernels.config import Epilogue
 from resnet_triton.kernels.geometry import ConvShape
 
+from . import training_run
 from .check import torch_dtype
 from .operands import EPS, Block, Conv, Result, image, network, norm, poison, precision_of, ran, verdict
 
@@ -316,4 +317,5 @@ CHECKS: dict[str, Callable[..., Result]] = {
     "model": check_model,
     "repeat model": check_repeat_model,
     "graph": check_graph,
+    **training_run.CHECKS,
 }

@@ -13,16 +13,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from resnet_triton.journal import INTERRUPTED
+from resnet_triton.results import OK
+from resnet_triton.results import Row as Result
+from resnet_triton.results import save as save_results
 from resnet_triton.tuning import file_name, save
 
 from . import check as checks
 from . import limits as limit
-from . import precompile, report
+from . import precompile, report, training
 from . import tune as tuning
-from .rows import ROOT, child_env, end, run_rows
+from .rows import ROOT, Row, child_env, end, run_rows
 from .suite import Suite
 
 CHECK_WORKERS = 4
+TRAIN_CHECK_SHARE = 0.35  # of the train step's time
 
 
 def environment(suite: Suite, deadline: float) -> str:
@@ -84,7 +88,8 @@ def pytest_gpu(suite: Suite, deadline: float) -> None:
 def sanitize(suite: Suite, deadline: float) -> None:
     """One small case per kernel under compute-sanitizer's memcheck, where it is installed."""
     tool = shutil.which("compute-sanitizer")
-    rows = checks.sanitizer_rows(suite.target())
+    target = suite.target()
+    rows = [*checks.sanitizer_rows(target), *on_sanitizer(training.sanitizer_rows(target))]
     if tool is None or all(row.key in suite.checks.finished for row in rows):
         return
     text = run_rows(
@@ -99,14 +104,19 @@ def sanitize(suite: Suite, deadline: float) -> None:
             suite.checks.finish(row.key, "memory error", detail=part[part.index("========= ") :][:1500])
 
 
+def on_sanitizer(rows: list[Row]) -> list[Row]:
+    """The rows under names and limits of their own."""
+    return [Row(f"sanitizer: {r.key}", r.kernel, r.config, 90, r.payload) for r in rows]
+
+
 def tune(suite: Suite, deadline: float) -> str:
-    """Step 3: the fastest configuration of every convolution and chain, beside cuDNN."""
+    """Step 3: the fastest configuration of every convolution, chain and step of training, beside cuDNN."""
     rows = tuning.dry_rows() if suite.dry else tuning.rows(suite.target())
     env = {"TRITON_INTERPRET": "1"} if suite.dry else {}
     run_rows(rows, tuning.HANDLER, suite.tuning, deadline=deadline, env=env)
     lines = write_tuned(suite)
     candidates = report.count_text(candidate_records(suite))
-    return f"{len(lines)} of {len(rows)} convolutions and chains, candidates: {candidates}"
+    return f"{len(lines)} of {len(rows)} convolutions, chains and steps of training, candidates: {candidates}"
 
 
 def candidate_records(suite: Suite) -> list[dict[str, Any]]:
@@ -123,10 +133,45 @@ def write_tuned(suite: Suite) -> list[dict[str, Any]]:
     return lines
 
 
+def train(suite: Suite, deadline: float) -> str:
+    """Step 4: training: numerics of its kernels, networks and single steps beside PyTorch."""
+    env = {"RESNET_TRITON_CONFIG_DIR": str(suite.out.resolve())}
+    if suite.dry:
+        checked, timed = training.dry_rows(), training.dry_timed_rows()
+        run_rows(checked, checks.HANDLER, suite.checks, deadline=deadline, env={"TRITON_INTERPRET": "1"})
+    else:
+        checked, timed = training.check_rows(suite.target()), training.timed_rows(suite.target())
+        half = deadline - (1 - TRAIN_CHECK_SHARE) * (deadline - time.monotonic())
+        run_rows(checked, checks.HANDLER, suite.checks, deadline=half, workers=CHECK_WORKERS)
+        env["TORCHINDUCTOR_CACHE_DIR"] = str(suite.out.resolve() / "inductor")  # compiling goes on where it stopped
+    run_rows(timed, training.HANDLER, suite.training, deadline=deadline, env=env)
+    report.write_csv(suite.out / "check.csv", report.CHECK_COLUMNS, suite.check_records)
+    write_training(suite)
+    keys = {row.key for row in checked}
+    done = [record for record in suite.check_records if record["key"] in keys]
+    times = report.count_text(suite.train_records)
+    return f"checks: {report.count_text(done)} of {len(checked)}; timed: {times} of {len(timed)}"
+
+
+def write_training(suite: Suite) -> None:
+    """Writes `training.json`, which `bench.report` reads beside a device's `latest.json`."""
+    records = suite.train_records
+    rows: dict[tuple[str, ...], Result] = {}
+    for record in records:
+        for data in record.get("rows", []):
+            row = Result(**data)
+            known = rows.get(row.key)
+            if known is None or known.status != OK or row.status == OK:
+                rows[row.key] = row
+    if rows:
+        save_results(suite.out, list(rows.values()), records[-1]["environment"], "training")
+
+
 def bench(suite: Suite, deadline: float) -> str:
-    """Step 4: `pytest bench/` with the fresh configurations."""
+    """Step 5: `pytest bench/` with the fresh configurations, but for what the train step measures."""
     env = {"RESNET_TRITON_CONFIG_DIR": str(suite.out.resolve())}
     command = [sys.executable, "-m", "pytest", "bench/", "-q", "-p", "no:cacheprovider"]
+    command.append("--ignore=bench/test_training.py")
     command += ["--collect-only"] if suite.dry else [f"--benchmark-json={suite.out.resolve() / 'bench.json'}"]
     code, text = suite.child(command, deadline, env)
     last = "".join(text.strip().splitlines()[-1:])
@@ -139,8 +184,9 @@ def bench(suite: Suite, deadline: float) -> str:
 STEPS: dict[str, tuple[Callable[[Suite, float], str], float, int]] = {
     "environment": (environment, 0.03, 10),
     "limits": (limits, 0.17, 65),
-    "check": (check, 0.50, 175),
-    "tune": (tune, 0.80, 160),
+    "check": (check, 0.45, 175),
+    "tune": (tune, 0.70, 160),
+    "train": (train, 0.85, 400),
     "bench": (bench, 1.00, 105),
 }
 

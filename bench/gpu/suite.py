@@ -41,10 +41,13 @@ class Suite:
     def __post_init__(self) -> None:
         kernels, package = list(ROOT.glob("kernels/*.py")), ROOT / "resnet_triton"
         checked = [path for path in package.glob("*.py") if path.name not in BESIDE]
+        checked += package.glob("training/*.py")
         here = ROOT / "bench/gpu"
         self.limits = self._journal(here / "limits.py", here / "limit_kernels.py")
         self.checks = self._journal(*kernels, *checked)
-        self.tuning = self._journal(*kernels, package / "tuner.py", package / "measure.py")
+        measuring = [package / name for name in ("tuner.py", "measure.py", "training/measure.py")]
+        self.tuning = self._journal(*kernels, *measuring)
+        self.training = self._journal(*kernels, *checked, *(ROOT / "bench").glob("training*.py"))
         for record in self.checks.open():  # of a call that was killed
             self.checks.finish(record["key"], INTERRUPTED)
 
@@ -57,12 +60,17 @@ class Suite:
         """What is finished, of all steps."""
         limits = [r for key, r in self.limits.finished.items() if key.startswith("limit ")]
         tuned = [r for key, r in self.tuning.finished.items() if key.startswith("tune ")]
-        return limits + self.check_records + tuned
+        return limits + self.check_records + tuned + self.train_records
 
     @property
     def check_records(self) -> list[dict[str, Any]]:
         """What is finished of the check step."""
-        return [r for key, r in self.checks.finished.items() if not key.startswith(("tune ", "limit "))]
+        return [r for key, r in self.checks.finished.items() if not key.startswith(("tune ", "limit ", "train "))]
+
+    @property
+    def train_records(self) -> list[dict[str, Any]]:
+        """What is finished of what the train step times."""
+        return [r for key, r in self.training.finished.items() if key.startswith("train ")]
 
     @property
     def reserve(self) -> float:
