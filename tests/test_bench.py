@@ -17,13 +17,13 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
-from bench import RESULTS, bounds, groups, layers, plots, report
+from bench import RESULTS, bounds, groups, layers, plots, report, training, training_layers, training_providers
 from bench.conftest import Lab
 from bench.gpu.suite import BESIDE
 from resnet_triton import chains, compare, errors, plan, providers, results, tables, timing, tuning
 from resnet_triton.compare import Group
 from resnet_triton.devices import known_devices
-from resnet_triton.kernels.config import ALL_KERNELS, ConvConfig
+from resnet_triton.kernels.config import ALL_KERNELS, TRAIN_KERNELS, ConvConfig
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.results import NO_CUDA, Row
 from resnet_triton.shapes import BN_ADD_RELU
@@ -293,7 +293,7 @@ def test_a_step_that_does_not_fit_is_halved(monkeypatch):
 
 
 def test_the_committed_page_is_what_its_results_say():
-    found = [results.load(path) for path in sorted(RESULTS.glob("*/latest.json"))]
+    found = report.found_in(RESULTS)
     assert report.PAGE.read_text() == report.page(found), "python -m bench.report"
     for name in re.findall(r"\]\((.+\.svg)\)", report.PAGE.read_text()):
         assert (report.PAGE.parent / name).read_text().rstrip().endswith("</svg>")
@@ -400,3 +400,73 @@ def test_a_step_on_the_cpu_is_checked_and_timed():
     rows = layers.measure(layer, "cpu", "float32", 0.0)
     assert set(rows) == {layers.EAGER, layers.OURS, layers.FOLDED}
     assert all(row.status == "ok" and row.rounds == 3 for row in rows.values())
+
+
+def test_every_training_kernel_has_a_row_and_a_prediction():
+    target = training_layers.h200()
+    found = training_layers.one_each(target)
+    assert {config.kernel for _, config in found} >= {*TRAIN_KERNELS}
+    assert len({training_layers.title(work) for work, _ in training_layers.all_steps(target)}) >= 100
+    for work, config in found:
+        (row,) = training_layers.rows_of(work, config, "cuda", target, None)
+        assert row.status == NO_CUDA and row.train_step_time is None and row.predicted_for == "NVIDIA H200"
+        assert 0 < row.predicted_step_time < 10 and "plan: " in row.note
+
+
+def test_a_training_step_without_a_gpu_has_a_prediction_only():
+    group = training.TrainGroup("cuda", "resnet50", 256, 224, ("bfloat16",), 1.0)
+    found = {name: row for (_, name), row in training.unmeasured(group).items()}
+    assert all(row.status == NO_CUDA and row.train_samples_per_sec is None for row in found.values())
+    assert 5 < found["ours"].predicted_step_time < found['ours memory="stored"'].predicted_step_time < 60
+    assert found["torch.compile max-autotune"].predicted_step_time is None
+    text = "\n".join(report.terminal(list(found.values()), results.environment()))
+    assert "predicted" in text and "each of ours gated at 3x eager's" in text
+
+
+def test_a_wrong_gradient_gets_no_speed(monkeypatch):
+    class Wrong(training_providers.Step):
+        def gradients(self):
+            found = super().gradients()
+            return found | {"layer1.0.conv1.weight": found["layer1.0.conv1.weight"] * 1.001}
+
+    def wrong(model, x, dtype):
+        return Wrong(training_providers._trained(model), x, dtype)
+
+    def broken(model, x, dtype):
+        raise RuntimeError("planted")
+
+    extra = [providers.Provider("ours wrong", wrong, ours=True), providers.Provider("broken", broken)]
+    kept = [training_providers.EAGER, training_providers.OURS]
+    monkeypatch.setattr(training_providers, "PROVIDERS", kept + extra)
+    monkeypatch.setattr(training, "CPU_CHECK", (4, 32))
+    group = training.TrainGroup("cpu", "resnet18", 4, 32, ("float32",), 0.0)
+    rows = {name: row for (_, name), row in training.measure(group).items()}
+    assert rows["ours wrong"].status.startswith("WRONG: gradient of layer1.0.conv1.weight")
+    assert rows["ours wrong"].samples == [] and rows["ours wrong"].speedup is None
+    assert rows["broken"].status == "failed: RuntimeError: planted"
+    eager, ours = rows["eager channels_last"], rows["ours"]
+    assert ours.status == eager.status == "ok" and ours.rounds == eager.rounds == 3
+    assert ours.error == eager.error == ours.eager_error
+    parts = ours.train_fwd_time + ours.train_bwd_time + ours.train_opt_time
+    assert parts == pytest.approx(ours.train_step_time, rel=0.5)
+    assert ours.saved_mb_per_image == pytest.approx(eager.saved_mb_per_image, rel=0.01)
+
+
+def test_gradients_are_those_of_every_step():
+    """The learning rate is 0: a step that is called again gives the same gradients."""
+    model, x = training.build_model("resnet18"), training.images_of(2, 32)
+    step = training_providers.ours_gram(model, x, torch.float32)
+    step()
+    first = {name: grad.clone() for name, grad in step.gradients().items()}
+    step()
+    assert len(first) == 62 and all(torch.equal(grad, first[name]) for name, grad in step.gradients().items())
+
+
+def test_training_results_of_a_visit_lie_beside_those_of_the_bench(rows, tmp_path):
+    trained = Row("training", "NVIDIA H200", "ours", "resnet50", "bfloat16", train_batch_size=256, train_step_time=20.0)
+    before = Row("training", "NVIDIA H200", "ours", "resnet50", "bfloat16", train_batch_size=256, train_step_time=30.0)
+    env = results.environment()
+    results.save(tmp_path / "gpu", [*rows, before], env)
+    results.save(tmp_path / "gpu", [trained], env, "training")
+    ((found, _),) = report.found_in(tmp_path)
+    assert found == [*rows, trained] and "### Training" in report.page([(found, env)])

@@ -13,15 +13,18 @@ import pytest
 import torch
 
 from bench import gpu_suite
-from bench.gpu import check, limits, precompile, report, steps, tune
+from bench import report as bench_report
+from bench.gpu import check, limits, precompile, report, steps, training, tune
 from bench.gpu import suite as suite_module
 from bench.gpu.check_run import CHECKS
 from bench.gpu.rows import Row, child_env, run_rows
-from resnet_triton import chains, codegen, tuning
+from resnet_triton import chains, codegen, results, tuning
 from resnet_triton.devices import known_devices
 from resnet_triton.journal import Journal
-from resnet_triton.kernels.config import ALL_KERNELS, CHAIN_KERNELS, END_KERNELS, ConvConfig
+from resnet_triton.kernels.config import ALL_KERNELS, CHAIN_KERNELS, END_KERNELS, TRAIN_KERNELS, ConvConfig
+from resnet_triton.results import Row as Result
 from resnet_triton.sites import Site, site_of
+from resnet_triton.training import plan
 from tests import gpu_suite_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +129,7 @@ def test_dry_run_end_to_end(tmp_path) -> None:
         "conv_tma", "conv1x1", "conv_pointer", *CHAIN_KERNELS, *END_KERNELS, "bn_act", "max_pool", "fold_bn",
     }  # fmt: skip
     entries = tuning.load(tmp_path / "dry-run.json")
-    assert [entry.config.kernel for entry in entries] == ["conv_tma", "conv1x1", "conv_chain"]
+    assert [entry.config.kernel for entry in entries] == ["conv_tma", "conv1x1", "conv_chain", "wgrad"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [step["name"] for step in summary["steps"]] == ["environment", "limits", "check", "tune"]
     assert summary["problems"] == []
@@ -153,7 +156,14 @@ def test_whole_call_keeps_its_time(tmp_path) -> None:
 def test_list_and_refusals(tmp_path, capsys) -> None:
     assert gpu_suite.main(["--list"]) == 0
     listed = capsys.readouterr().out
-    assert [line.split()[0] for line in listed.splitlines()] == ["environment", "limits", "check", "tune", "bench"]
+    assert [line.split()[0] for line in listed.splitlines()] == [
+        "environment",
+        "limits",
+        "check",
+        "tune",
+        "train",
+        "bench",
+    ]
     assert gpu_suite.main(["--steps", "limits,tests", "--out", str(tmp_path)]) == 2
     assert "unknown tests" in capsys.readouterr().err
     if not torch.cuda.is_available():
@@ -195,7 +205,7 @@ def test_visit_where_every_row_fails(tmp_path, monkeypatch, capsys) -> None:
     assert "check        done" in out and "2 error, 1 wrong of 3" in out
     assert "! error: a [kernel a config a] and 2 more alike RuntimeError: planted" in out
     assert "! wrong: c [kernel c config c] planted" in out
-    assert "0 of 1 convolutions and chains" in out
+    assert "0 of 1 convolutions, chains and steps of training" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {p["key"] for p in summary["problems"]} == {"a", "b", "c", "tune x", "limit x"}
     assert json.loads((tmp_path / "limits.json").read_text())["devices.json"] == {"NVIDIA H200": None}
@@ -210,18 +220,78 @@ def test_rows_of_a_real_visit() -> None:
     found = {(row.payload["dtype"], row.kernel) for row in conv}
     assert found >= {(d, k) for d in check.DTYPES if d != "ieee" for k in ("conv_tma", "conv1x1", "conv_pointer")}
     assert {kernel for dtype, kernel in found if dtype == "ieee"} == {"conv_pointer"}
-    assert {row.payload["what"] for row in rows} == set(CHECKS)
+    assert {row.payload["what"] for row in (*rows, *training.check_rows(H200))} == set(CHECKS)
     tuned = tune.rows(H200)
     assert len({row.key for row in tuned}) == len(tuned)
     assert {row.payload["shape"]["n"] for row in tuned[:20]} == {256}
     measured = limits.rows()
     assert len({row.key for row in measured}) == len(measured)
+    trained = [row for row in tuned if "work" in row.payload]
+    assert len(trained) > 80 and trained == tuned[-len(trained) :], "behind everything else"
     chained = [row for row in tuned if "chain" in row.payload]
     assert {chain["chain"]["expand"]["n"] for chain in (row.payload for row in chained)} == {256, 32}
     assert tuned.index(chained[0]) == len(tune.sites(50, 256, "float16", H200)), "behind the convolutions of batch 256"
     jobs = precompile.distinct([*check.compile_jobs(H200), *tune.compile_jobs(H200)])
     assert len(jobs) > 1000 and json.loads(json.dumps(jobs)) == jobs
     json.dumps([row.payload for row in [*rows, *tuned, *measured]])
+
+
+def test_training_of_a_real_visit() -> None:
+    """Every training kernel has its check, its small case for compute-sanitizer, and its time; names are unique."""
+    checked, timed = training.check_rows(H200), training.timed_rows(H200)
+    sanitized = training.sanitizer_rows(H200)
+    for rows in (checked, timed, sanitized):
+        assert len({row.key for row in rows}) == len(rows)
+        json.dumps([row.payload for row in rows])
+    for rows in (checked, sanitized):
+        assert {row.kernel for row in rows} >= {*TRAIN_KERNELS}
+        models = [row.payload for row in rows if row.payload["what"] == "train model"]
+        launched = {kernel for payload in models for kernel in payload["kernels"]}
+        assert launched >= {"finalise", "bn_apply", "bn_relu_pool", "bn_relu_pool_backward", "expand", "gram_dgrad"}
+    for dtype in check.DTYPES:
+        found = {row.kernel for row in checked if row.payload.get("dtype") == dtype}
+        assert found >= {"conv_stats", "dgrad", "wgrad", "expand", "gram_dgrad"}, dtype
+    steps_timed = [row for row in timed if row.payload["what"] == "step"]
+    assert {row.kernel for row in steps_timed} >= {"conv_stats", "dgrad", "wgrad", "expand", "gram_dgrad"}
+    assert {row.payload["work"]["step"] for row in steps_timed} == {*plan.TUNED_STEPS}
+    assert timed[0].payload["group"]["model"] == "resnet50" and timed[0].payload["group"]["batch"] == 256
+    peers = [row for row in timed if row.key.endswith("with torch.compile")]
+    assert [row.payload["group"]["model"] for row in peers] == ["resnet50", "resnet18"]
+    older = known_devices()["NVIDIA A100-SXM4-80GB"]
+    assert not training.check_rows(older) and not training.sanitizer_rows(older)
+    assert {row.payload["what"] for row in training.timed_rows(older)} == {"network"}
+
+
+def test_training_dry_run(tmp_path) -> None:
+    """The train step alone: checks in the interpreter, a network on the CPU, results that the report reads."""
+    arguments = ("--dry-run", "--minutes", "5", "--out", tmp_path / "run", "--steps", "environment,train")
+    done = suite(*arguments, timeout=290)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "run/check.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(training.dry_rows()) and {line["status"] for line in lines} == {"ok"}
+    assert {line["kernel"] for line in lines} >= {"conv_stats", "dgrad", "wgrad", "expand", "gram_dgrad"}
+    (rows, _) = results.load(tmp_path / "run/training.json")
+    by_name = {row.provider: row for row in rows}
+    assert set(by_name) == {"eager channels_last", "ours"} and by_name["ours"].status == "ok"
+    assert by_name["ours"].train_step_time > 0 and by_name["ours"].saved_mb_per_image > 0
+    ((found, _),) = bench_report.found_in(tmp_path)
+    assert found == rows
+
+
+def test_times_of_a_step_replace_those_of_a_call_before(tmp_path) -> None:
+    """A network measured with a slow peer takes the place of the quick run; a failure does not."""
+    made = suite_module.Suite(tmp_path, 60.0, True, 0.0, {"device": None})
+
+    def row(ms: float, status: str = "ok") -> dict:
+        return vars(Result("training", "cpu", "ours", "resnet50", "float32", status, train_step_time=ms))
+
+    for key, rows in (("train a", [row(2.0)]), ("train b", [row(1.0)]), ("train c", [row(0.0, "failed: planted")])):
+        made.training.start(key)
+        made.training.finish(key, "ok", rows=rows, environment={"device": "cpu"})
+    steps.write_training(made)
+    ((found,), env) = results.load(tmp_path / "training.json")
+    assert found.train_step_time == 1.0 and env == {"device": "cpu"}
 
 
 def test_chains_of_a_real_visit() -> None:
@@ -249,7 +319,7 @@ def test_where_chains_do_not_run_none_is_checked() -> None:
     older = known_devices()["NVIDIA A100-SXM4-80GB"]
     kernels = {row.kernel for row in (*check.rows(older), *check.sanitizer_rows(older))}
     assert not kernels & {*CHAIN_KERNELS, *END_KERNELS, "conv_rolling"} and "conv_pointer" in kernels
-    assert not any("chain" in row.payload for row in tune.rows(older))
+    assert not any({"chain", "work"} & set(row.payload) for row in tune.rows(older))
 
 
 def test_jobs_of_chains_are_their_real_launches() -> None:

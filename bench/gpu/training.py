@@ -53,13 +53,13 @@ def sanitizer_rows(target: Target) -> list[Row]:
     if not target.tma:
         return []
     found = [_step(work, config, "bfloat16") for work, config in _small(target)]
-    return found + [_model(4, "bfloat16", 2, 64, memory) for memory in FORMS]
+    return found + [_model(4, "bfloat16", 4, 64, memory) for memory in FORMS]
 
 
 def dry_rows() -> list[Row]:
     """The same kinds of checks at sizes for Triton's interpreter; gradients of a network in PyTorch's operators."""
     found = [_step(work, config, "float16") for work, config in _tiny()]
-    found.append(_model(4, "tf32", 2, 32, "gram", backend="auto"))
+    found.append(_model(4, "tf32", 8, 32, "gram", backend="auto"))
     return [Row(r.key, r.kernel, r.config, r.limit_s, {**r.payload, "device": "cpu"}) for r in found]
 
 
@@ -74,7 +74,7 @@ def timed_rows(target: Target) -> list[Row]:
 
 def dry_timed_rows() -> list[Row]:
     """A tiny network on the CPU."""
-    return [network_row(TrainGroup("cpu", "resnet18", 2, 32, ("float32",), 0.0, ('ours memory="gram"',)))]
+    return [network_row(TrainGroup("cpu", "resnet18", 4, 32, ("float32",), 0.0, ('ours memory="gram"',)))]
 
 
 def network_row(group: TrainGroup) -> Row:
