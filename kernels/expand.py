@@ -326,7 +326,7 @@ def chunk(channels: int, config: ConvConfig) -> int:
 def expand_configs(
     shape: ConvShape, itemsize: int, project: ConvShape | None = None, following: int = 0
 ) -> list[ConvConfig]:
-    """Configurations for :func:`launch_expand`, none of which spills on sm_90 in bf16; the first is the heuristic.
+    """Configurations for :func:`launch_expand`, none of which spills on sm_90; the first is the heuristic.
 
     Args:
         shape: of the expanding convolution, pointwise.
@@ -346,8 +346,8 @@ def expand_configs(
         if itemsize == 4 or largest > 128 or (project and largest > 64):
             return []
         return [config(128, 64, 64 if shape.c <= 64 else 128, 8, 2)]
-    if itemsize == 4:
-        return [config(128, 64, 32, 8, 2)]
+    if itemsize == 4:  # two exact accumulators of 128 rows would spill
+        return [config(128 if project is None else 64, 64, 32, 8, 2)]
     chunks = [config(128, 128, 64, 8, 3), config(128, 64, 64, 4, 3)]
     if project is None:
         if shape.c <= 64:

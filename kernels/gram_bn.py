@@ -325,4 +325,4 @@ def launch_gram_backward(
         w, stats, dgamma, q, count, K=k, C=c, BC=side, BK=128 // w.element_size(), num_warps=4
     )
     count_launch("gram_columns")
-    gram_columns[(cdiv(c, 16),)](q, wp, sdz, s1, mm, rho, v, count, K=k, C=c, BC=16, BR=128, num_warps=4)
+    gram_columns[(cdiv(c, 16),)](q, wp, sdz, s1, mm, rho, v, count, K=k, C=c, BC=16, BR=64, num_warps=4)
