@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from .devices import Target, target_of
 from .ops import IMPLEMENTATIONS
 from .plan import library_of
 from .steps import Recorder, Step
+
+if TYPE_CHECKING:
+    from .training.plan import Work
 
 # Short names of PyTorch's operators; the others go by their own.
 _NAMES = {
@@ -157,6 +160,7 @@ class _Tracer(TorchDispatchMode):
         self.target, self.dtype, self.names, self.reasons = target, dtype, names, reasons
         self.rows: list[Row] = []
         self.steps: list[tuple[str, Step]] = []
+        self.asked: list[Work] = []  # by steps of training
         self.tails: list[tuple[str, Tail]] = []
         self.trained: list[tuple[str, tuple, list[Tensor]]] = []  # operators of training, their arguments and results
         self.backward_rows = 0
@@ -181,6 +185,7 @@ class _Tracer(TorchDispatchMode):
         with Recorder(self.target) as recorder:
             out = IMPLEMENTATIONS[name](*args, **kwargs)
         self.rows += [self._step(step) for step in recorder.steps]
+        self.asked += recorder.asked
         self.tails += [(self._find([weight]) or self.place, tail) for weight, tail in recorder.tails]
         return out
 
@@ -326,6 +331,18 @@ def fused_steps(
     """
     tracer, _ = _trace(model, input_shape, dtype, device)
     return tracer.steps, tracer.tails
+
+
+def training_work(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[list[Work], list[tuple[str, Step]]]:
+    """What the steps of training of a forward and its backward asked the plan about, and :func:`fused_steps`."""
+    tracer, _ = _trace(model, input_shape, dtype, device)
+    return tracer.asked, tracer.steps
 
 
 def _trace(

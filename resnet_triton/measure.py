@@ -109,7 +109,7 @@ class Problem(abc.ABC):
 
     Args:
         dtype: of the operands.
-        device: where. The CPU works for :meth:`validate` in Triton's interpreter.
+        device: where. The CPU works for :meth:`validate` in Triton's interpreter, "meta" for tracing what is launched.
         seed: of the random operands.
         sets: how many sets of buffers rotate; None covers three times the L2 cache.
         moved: bytes of one set.
@@ -118,7 +118,7 @@ class Problem(abc.ABC):
     def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int, sets: int | None, moved: int) -> None:
         self.dtype, self.device = dtype, torch.device(device)
         self.sets = sets or self._sets_for_cold_cache(moved)
-        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._generator = None if self.device.type == "meta" else torch.Generator(self.device).manual_seed(seed)
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._replays = 0
         self._wanted: tuple[Tensor, ...] = ()

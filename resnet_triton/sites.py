@@ -1,5 +1,7 @@
 """What there is to tune of a model: its distinct convolutions, and the chains that its blocks may end with.
 
+In training mode it is the distinct steps of training instead, see :mod:`.training.sites`.
+
 Both are found on shape-only tensors, as ``explain`` does. A site knows all that differs between a convolution and a
 chain: its name in a journal, its candidates, its operands, what it launches, and the entry that its trials make.
 """
@@ -10,7 +12,7 @@ import abc
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from . import chains, cost, plan, tuning
 from .backend import current_backend, use_backend
 from .chains import Tail
 from .devices import Target
-from .entries import ChainEntry, Entry, chain_shape_of
+from .entries import ChainEntry, Entry, chain_shape_of, work_of
 from .explain import fused_steps
 from .kernels.config import ConvConfig, Epilogue
 from .kernels.geometry import ChainShape, ConvShape
@@ -28,13 +30,14 @@ from .tuner import Trial, candidates, chain_candidates, chain_entry_of, entry_of
 if TYPE_CHECKING:
     from .codegen import Launch
     from .measure import ChainProblem, ConvProblem
+    from .training.sites import TrainSite
 
 PREFIX = "tune "
 #: A chain is measured if its block's end is predicted to take at most this many times as long as in the fastest way.
 NEAR_BEST = 1.5
 
 
-class _Named(abc.ABC):
+class Named(abc.ABC):
     """Names of a site in a journal."""
 
     @property
@@ -52,9 +55,14 @@ class _Named(abc.ABC):
         """The name of the work on it in a journal."""
         return f"{self.key} (whole)"
 
+    @property
+    @abc.abstractmethod
+    def beside(self) -> str:
+        """What runs besides the convolution, in words."""
+
 
 @dataclass(frozen=True)
-class Site(_Named):
+class Site(Named):
     """A distinct convolution of a model, as tuned files tell them apart.
 
     Args:
@@ -75,13 +83,17 @@ class Site(_Named):
         return key_of(self.shape, self.epilogue, self.dtype, self.precision)
 
     @property
+    def beside(self) -> str:
+        return str(self.epilogue)
+
+    @property
     def worth(self) -> float:
         """What comes first has more of it."""
         return self.share
 
     def joined(self, other: Site) -> Site:
         """The same site with the layers and shares of both."""
-        return replace(self, layers=_together(self.layers, other.layers), share=self.share + other.share)
+        return replace(self, layers=together(self.layers, other.layers), share=self.share + other.share)
 
     def library_us(self, target: Target) -> float:
         """Predicted time of the library's convolution and separate passes, microseconds."""
@@ -132,7 +144,7 @@ class Site(_Named):
 
 
 @dataclass(frozen=True)
-class ChainSite(_Named):
+class ChainSite(Named):
     """A distinct chain that blocks of a model may end with.
 
     Args:
@@ -154,13 +166,17 @@ class ChainSite(_Named):
         return key_of(self.shape, None, self.dtype)
 
     @property
+    def beside(self) -> str:
+        return "chain"
+
+    @property
     def worth(self) -> float:
         """What comes first has more of it."""
         return self.gain
 
     def joined(self, other: ChainSite) -> ChainSite:
         """The same site with the layers, shares and gains of both."""
-        layers, share, gain = _together(self.layers, other.layers), self.share + other.share, self.gain + other.gain
+        layers, share, gain = together(self.layers, other.layers), self.share + other.share, self.gain + other.gain
         return replace(self, layers=layers, share=share, gain=gain)
 
     def library_us(self, target: Target) -> float:
@@ -211,7 +227,7 @@ class ChainSite(_Named):
         return entry if entry and entry.shape == self.shape else None
 
 
-AnySite = Site | ChainSite
+AnySite: TypeAlias = "Site | ChainSite | TrainSite"
 
 
 def site_of(payload: dict[str, Any]) -> AnySite:
@@ -219,10 +235,14 @@ def site_of(payload: dict[str, Any]) -> AnySite:
     dtype = getattr(torch, payload["dtype"])
     if "chain" in payload:
         return ChainSite(chain_shape_of(payload["chain"]), dtype)
+    if "work" in payload:
+        from .training.sites import TrainSite
+
+        return TrainSite(work_of(payload["work"]), dtype, payload["precision"])
     return Site(ConvShape(**payload["shape"]), Epilogue(**payload["epilogue"]), dtype, payload["precision"])
 
 
-def _together(*layers: Iterable[str]) -> tuple[str, ...]:
+def together(*layers: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in layers for name in names))
 
 
@@ -233,6 +253,8 @@ def sites_of(
     model: nn.Module, input_shape: Sequence[int], dtype: torch.dtype, target: Target, precision: str = "tf32"
 ) -> list[AnySite]:
     """What a converted model may run in this package's kernels: convolutions in order of execution, then chains.
+
+    If any of its blocks has batch statistics, the steps of training instead, forward and backward.
 
     Args:
         model: converted, in the mode that it will run in.
@@ -249,6 +271,10 @@ def sites_of(
         raise ValueError(f"nothing to tune: {reason}")
     with plan.quiet(), use_backend(current_backend(), chains=False):
         steps, tails = fused_steps(model, input_shape, dtype=dtype, device=target.name)
+    if any(step.op == "fprop" for _, step in steps):
+        from .training.sites import training_sites
+
+        return [*training_sites(model, input_shape, dtype, target, precision)]
     found: dict[tuple[ConvShape, bool], Site] = {}
     total = 0.0
     for layer, step in steps:
@@ -312,7 +338,7 @@ def chain_gains(tail: Tail, dtype: torch.dtype, target: Target) -> list[tuple[Ch
 
 
 def merged(sites: Iterable[AnySite]) -> list[AnySite]:
-    """Sites of several batches and dtypes without repetitions: convolutions, then chains, the most worthwhile first."""
+    """Sites of several batches and dtypes without repetitions: chains come last, the most worthwhile first."""
     found: dict[str, Any] = {}
     for site in sites:
         found[site.key] = found[site.key].joined(site) if site.key in found else site

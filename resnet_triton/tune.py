@@ -1,4 +1,4 @@
-"""Tunes the convolutions and chains of a model on this GPU: the work on each (:mod:`.sites` says which there are).
+"""Tunes the convolutions and chains of a model on this GPU, or its steps of training (:mod:`.sites` says which).
 
 Each one is a row for a worker process that measures its candidates (:mod:`.tuner`, :mod:`.measure`); meanwhile other
 processes compile the candidates ahead, without the GPU, and drop those that spill or do not fit. A candidate that kills
@@ -127,7 +127,7 @@ class Result:
     """What became of one site.
 
     Args:
-        site, entry: the convolution or chain, and its entry if there is one.
+        site, entry: the convolution, chain or step of training, and its entry if there is one.
         detail: why there is none.
         outcome: counts candidates by status (see :class:`.tuner.Trial`).
         dropped: candidates that never ran, with the reason.
@@ -161,7 +161,7 @@ class Report:
 def journal_of(file: Path) -> Journal:
     """The journal beside a tuned file. Results of other kernels, torch or triton do not count."""
     here = Path(__file__).parent
-    code = [*(here / "kernels").glob("*.py"), here / "tuner.py", here / "measure.py"]
+    code = [*(here / "kernels").glob("*.py"), here / "tuner.py", here / "measure.py", here / "training/measure.py"]
     return Journal(file.with_suffix(".jsonl"), hash_of(code, *sorted(tuning.versions().values())))
 
 

@@ -69,10 +69,13 @@ def compile_job(work: tuple[Job, int, int]) -> str | None:
     from triton.runtime import driver
 
     from resnet_triton.codegen import chain_launches, conv_launches
+    from resnet_triton.training.sites import TrainSite
 
     site, config, vectors = site_of(job), ConvConfig.from_dict(job["config"]), getattr(torch, job["vectors"])
     try:
-        if isinstance(site, ChainSite):
+        if isinstance(site, TrainSite):  # its vectors are fp32
+            launches = site.launches(config, multiprocessors)
+        elif isinstance(site, ChainSite):
             launches = chain_launches(site.shape, site.dtype, "tf32", config, multiprocessors, vectors)
         else:
             precision = site.precision

@@ -1,26 +1,30 @@
-"""Tunes the convolutions and chains of the ResNets on this GPU and reports them beside cuDNN, layer by layer.
+"""Tunes the convolutions and chains of the ResNets on this GPU, then steps of training, beside cuDNN, layer by layer.
 
-A row is one convolution, or one chain that a block may end with; its candidates are noted in the journal one by one, so
-a candidate that crashes or hangs costs itself only. Results become the tuned file of this device and `layers.csv`.
+A row is one convolution, one chain that a block may end with, or one step of training; its candidates are noted in the
+journal one by one, so a candidate that crashes or hangs costs itself only. Results become the tuned file of this device
+and `layers.csv`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from resnet_triton import cost
+from resnet_triton import cost, models
 from resnet_triton.chains import bottleneck_tails, refusal_of_chains
 from resnet_triton.devices import Target, known_devices, target_of
-from resnet_triton.entries import AnyEntry, ChainEntry, Entry
+from resnet_triton.entries import AnyEntry, ChainEntry, Entry, TrainEntry
 from resnet_triton.journal import Journal
 from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.kernels.geometry import ChainShape, ConvShape
 from resnet_triton.shapes import BN_ADD_RELU, BN_RELU, ConvSite, resnet_convs
 from resnet_triton.sites import AnySite, ChainSite, Site, chain_gains, merged, site_of
+from resnet_triton.training.plan import Work, moved_bytes
+from resnet_triton.training.sites import TrainSite, training_sites
 from resnet_triton.tuner import Timing, Trial, search
 
 from .precompile import Job, site_job
@@ -44,11 +48,13 @@ NETWORKS = (
 )
 #: Those whose chains are measured too, right behind their convolutions.
 CHAINED = ((50, 256, "bfloat16"), (50, 32, "bfloat16"))
-#: Candidates that are measured of a convolution and of a chain.
-CANDIDATES, CHAIN_CANDIDATES = 10, 6
+#: Those whose steps of training are measured, behind everything else.
+TRAINED = ((50, 256, "bfloat16"),)
+#: Candidates that are measured of a convolution, of a chain and of a step of training.
+CANDIDATES, CHAIN_CANDIDATES, TRAIN_CANDIDATES = 10, 6, 5
 CANDIDATE_S = 30.0
 ROW_S = 240.0
-CHAIN = "chain"  # stands for the epilogue of a chain in `layers.csv`
+CHAIN, TRAIN = "chain", "train: "  # stands for the epilogue of a chain in `layers.csv`, or begins that of a step
 COLUMNS = (
     "layer", "network", "batch", "dtype", "count", "shape", "epilogue", "kernel", "config", "ours_us", "spread",
     "cudnn_conv_us", "cudnn_passes_us", "speedup", "conv_only_speedup", "tflops", "tb_s", "predicted_us", "limit",
@@ -82,28 +88,41 @@ def sites(depth: int, batch: int, dtype: str, target: Target) -> list[AnySite]:
     return merged([*convs.values(), *found])
 
 
+@functools.cache
+def train_sites(depth: int, batch: int, dtype: str, target: Target) -> tuple[AnySite, ...]:
+    """A network's distinct steps of training, those with the most predicted time first."""
+    if not target.tma:
+        return ()
+    model, kind = getattr(models, f"resnet{depth}")(), getattr(torch, dtype)
+    return tuple(merged(training_sites(model.to(kind).train(), (batch, 3, 224, 224), kind, target)))
+
+
 def rows(target: Target, networks: Sequence[tuple[int, int, str]] = NETWORKS) -> list[Row]:
-    """One row per convolution or chain; one that two networks share belongs to the first."""
+    """One row per convolution, chain or step of training; one that two networks share belongs to the first."""
     found: dict[str, Row] = {}
-    for depth, batch, dtype in networks:
-        for site in sites(depth, batch, dtype, target):
+    every = [(depth, sites(depth, batch, dtype, target)) for depth, batch, dtype in networks]
+    every += [(depth, [*train_sites(depth, batch, dtype, target)]) for depth, batch, dtype in TRAINED]
+    for depth, those in every:
+        for site in those:
             found.setdefault(site.key, _row(site, f"resnet{depth}"))
     return list(found.values())
 
 
 def _row(site: AnySite, network: str, **more: Any) -> Row:
-    payload = {**site.payload(), "layer": site.layers[0], "count": len(site.layers), "network": network, **more}
+    layer = site.layers[0] if site.layers else "-"
+    payload = {**site.payload(), "layer": layer, "count": len(site.layers), "network": network, **more}
     return Row(site.row_key, "tuner", "all candidates", ROW_S, payload)
 
 
 def dry_rows() -> list[Row]:
-    """Two tiny convolutions and a chain, whose times are invented."""
+    """Two tiny convolutions, a chain and a step of training, whose times are invented."""
     kind = torch.float16
     chain = ChainShape(None, ConvShape(1, 8, 8, 64, 256), None, ConvShape(1, 8, 8, 256, 64))
     tiny: list[AnySite] = [
         Site(ConvShape(1, 8, 8, 16, 16, 3, 3, 1, 1), BN_RELU, kind, "tf32", ("3x3",)),
         Site(ConvShape(1, 8, 8, 16, 32), BN_ADD_RELU, kind, "tf32", ("1x1",)),
         ChainSite(chain, kind, ("chain",)),
+        TrainSite(Work("wgrad", ConvShape(1, 4, 4, 16, 32), prologue=True, moments=True), kind, layers=("wgrad",)),
     ]
     return [_row(site, "-", dry_run=True) for site in tiny]
 
@@ -118,7 +137,8 @@ def compile_jobs(target: Target, networks: Sequence[tuple[int, int, str]] = NETW
 
 
 def _candidates(site: AnySite, target: Target) -> list[ConvConfig]:
-    return site.candidates(target)[: CHAIN_CANDIDATES if isinstance(site, ChainSite) else CANDIDATES]
+    limits = {ChainSite: CHAIN_CANDIDATES, TrainSite: TRAIN_CANDIDATES}
+    return site.candidates(target)[: limits.get(type(site), CANDIDATES)]
 
 
 def run_row(row: dict[str, Any], journal: Journal) -> dict[str, Any]:
@@ -169,6 +189,8 @@ def layer(
     size = site.dtype.itemsize
     if isinstance(site, ChainSite):
         batch, moved, epilogue = site.shape.expand.n, site.shape.bytes_moved(size), CHAIN
+    elif isinstance(site, TrainSite):
+        batch, moved, epilogue = site.shape.n, moved_bytes(site.work, site.dtype), f"{TRAIN}{site.beside}"
     else:
         batch, moved = site.shape.n, site.shape.bytes_moved(size, site.epilogue.residual)
         epilogue = str(site.epilogue)
@@ -185,8 +207,8 @@ def layer(
         "ours_us": round(timing.us, 2),
         "spread": timing.spread and round(timing.spread, 3),
         "cudnn_conv_us": timing.conv_us and round(timing.conv_us, 2),
-        "cudnn_passes_us": round(timing.library_us, 2),
-        "speedup": round(timing.library_us / timing.us, 3),
+        "cudnn_passes_us": round(timing.library_us, 2) or None,  # the Gram form of training has no library
+        "speedup": round(timing.library_us / timing.us, 3) or None,
         "conv_only_speedup": timing.conv_us and round(timing.conv_us / timing.us, 3),
         "tflops": round(2 * site.shape.macs / timing.us / 1e6, 1),
         "tb_s": round(moved / timing.us / 1e6, 3),
@@ -204,6 +226,8 @@ def results(journal: Journal) -> tuple[list[AnyEntry], list[dict[str, Any]]]:
 
 
 def _entry(record: dict[str, Any]) -> AnyEntry:
+    if "work" in record["entry"]:
+        return TrainEntry.from_dict(record["entry"])
     if record["layer"].get("epilogue") == CHAIN:
         return ChainEntry.from_dict(record["entry"])
     return Entry.from_dict(record["entry"])
@@ -211,7 +235,7 @@ def _entry(record: dict[str, Any]) -> AnyEntry:
 
 def totals(lines: Sequence[dict[str, Any]], target: Target) -> list[dict[str, Any]]:
     """Sums over the convolutions of each network that is measured whole, in milliseconds."""
-    convs = [line for line in lines if line["epilogue"] != CHAIN]
+    convs = [line for line in lines if not line["epilogue"].startswith((CHAIN, TRAIN))]
     by_shape = {(line["shape"], line["dtype"], "add" in line["epilogue"]): line for line in convs}
     found = []
     for depth, batch, dtype in NETWORKS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,20 +18,24 @@ from ..backend import dot_precision
 from ..convert import convert
 from ..devices import Target, known_devices, target_of
 from ..entries import PRECISIONS
-from ..sites import AnySite, ChainSite, merged, sites_of
+from ..sites import AnySite, ChainSite, Site, merged, sites_of
 from ..sources import load_model
 from ..tune import Progress, Report, Result, tune
 from .common import DTYPES, channels_of, height_and_width, minutes, model_arguments, positive, size_arguments, table
 
-HELP = "measure the fastest configuration of every convolution and chain of a model on this GPU, and keep it"
+HELP = "measure the fastest configuration of every convolution and chain of a model on this GPU, or of training steps"
 EXAMPLE = "resnet-triton tune --model resnet50 --batch 1 32 256 --dtype bf16 --minutes 20"
+BATCHES, TRAIN_BATCHES = [1, 32, 256], [256]
 PLANNED = "NVIDIA H200"  # what a dry run plans for where there is no GPU
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Model, batches, dtypes, time and output."""
     model_arguments(parser)
-    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 32, 256], help="default: 1 32 256")
+    parser.add_argument(
+        "--train", action="store_true", help="the steps of training, forward and backward, instead of inference"
+    )
+    parser.add_argument("--batch", type=positive, nargs="+", help="default: 1 32 256, with --train 256")
     size_arguments(parser)
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=tuple(DTYPES), help="default: bf16")
     parser.add_argument(
@@ -56,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output {args.output!r} is not a folder")
     model = convert(load_model(args.model, weights=args.weights), inplace=True)
+    model.train(args.train)
     size = (args.channels or channels_of(model), *height_and_width(args.size))
     sites: list[AnySite] = []
     for dtype in dict.fromkeys(DTYPES[name] for name in args.dtype):
         precision = args.precision or dot_precision(dtype)
-        for batch in dict.fromkeys(args.batch):
+        for batch in dict.fromkeys(args.batch or (TRAIN_BATCHES if args.train else BATCHES)):
             sites += sites_of(model, (batch, *size), dtype, target, precision if dtype == torch.float32 else "tf32")
     del model
     sites = merged(sites)
@@ -118,8 +124,8 @@ def _dtype(site: AnySite) -> str:
 
 
 def _columns(site: AnySite) -> tuple[str, ...]:
-    """Layers, shape, epilogue and dtype."""
-    return _layers(site), str(site.shape), "chain" if isinstance(site, ChainSite) else str(site.epilogue), _dtype(site)
+    """Layers, shape, what runs besides, and dtype."""
+    return _layers(site), str(site.shape), site.beside, _dtype(site)
 
 
 def _site(site: AnySite) -> dict[str, Any]:
@@ -127,21 +133,27 @@ def _site(site: AnySite) -> dict[str, Any]:
     found |= {"dtype": str(site.dtype).removeprefix("torch."), "share": round(site.share, 4)}
     if isinstance(site, ChainSite):
         return found | {"gain": round(site.gain, 4)}
-    found["epilogue"] = str(site.epilogue)
+    found |= {"epilogue": site.beside} if isinstance(site, Site) else {"work": site.payload()["work"]}
     return found | ({"precision": site.precision} if site.dtype == torch.float32 else {})
 
 
 def _sorted(sites: Iterable[AnySite], rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of convolutions, and those of chains."""
-    found: dict[str, list[dict[str, Any]]] = {"convolutions": [], "chains": []}
+    """The rows of convolutions, those of chains, and those of steps of training."""
+    found: dict[str, list[dict[str, Any]]] = {"convolutions": [], "chains": [], "training": []}
     for site, row in zip(sites, rows, strict=True):
-        found["chains" if isinstance(site, ChainSite) else "convolutions"].append(row)
+        found[_kind(site)].append(row)
     return found
 
 
+def _kind(site: AnySite) -> str:
+    return "convolutions" if isinstance(site, Site) else "chains" if isinstance(site, ChainSite) else "training"
+
+
 def _counted(sites: Sequence[AnySite]) -> str:
-    chains = sum(isinstance(site, ChainSite) for site in sites)
-    return f"{len(sites) - chains} convolutions" + (f" and {chains} chains" if chains else "")
+    counts = Counter(map(_kind, sites))
+    if counts["training"]:
+        return f"{counts['training']} steps of training"
+    return f"{counts['convolutions']} convolutions" + (f" and {counts['chains']} chains" if counts["chains"] else "")
 
 
 def _list(args: argparse.Namespace, sites: list[AnySite], target: Target, folder: Path) -> int:
@@ -152,14 +164,15 @@ def _list(args: argparse.Namespace, sites: list[AnySite], target: Target, folder
         count, ours, theirs = len(site.candidates(target)), site.ours_us(target), site.library_us(target)
         known = site.measured(target)
         measured = known.us if known else None
-        row = {**_site(site), "candidates": count, "predicted_us": ours, "predicted_library_us": theirs}
+        row = {**_site(site), "candidates": count, "predicted_us": ours, "predicted_library_us": theirs or None}
         rows.append({**row, "measured_us": measured})
         before = "not measured" if measured is None else f"{measured:.1f}"
-        lines.append((*_columns(site), f"{site.share:.1%}", str(count), f"{ours:.1f}", f"{theirs:.1f}", before))
+        beside = f"{theirs:.1f}" if theirs else "none"
+        lines.append((*_columns(site), f"{site.share:.1%}", str(count), f"{ours:.1f}", beside, before))
     if args.json:
         print(json.dumps({"device": target.name, "file": str(file), **_sorted(sites, rows)}, indent=1))
         return 0
-    head = ("layers", "shape", "epilogue", "dtype", "share", "candidates", "predicted us", "cudnn predicted us",
+    head = ("layers", "shape", "with", "dtype", "share", "candidates", "predicted us", "cudnn predicted us",
             "measured us")  # fmt: skip
     print(table(head, lines))
     total = sum(row["candidates"] for row in rows)
@@ -182,7 +195,7 @@ def _print(args: argparse.Namespace, report: Report, target: Target) -> None:
         found = {"device": target.name, "file": str(report.file), **_sorted(sites, rows), "left": left}
         print(json.dumps(found, indent=1))
         return
-    head = ("layers", "shape", "epilogue", "dtype", "ours us", "cudnn us", "speedup", "config", "candidates")
+    head = ("layers", "shape", "with", "dtype", "ours us", "cudnn us", "speedup", "config", "candidates")
     print(table(head, lines))
     for result in report.results:
         if result.entry is None:
@@ -201,8 +214,10 @@ def _outcome(result: Result) -> tuple[str, ...]:
     entry = result.entry
     if entry is None:
         return "none", "", "", "", counts
-    speedup = f"{entry.library_us / entry.us:.2f}x"
-    return f"{entry.us:.1f}", f"{entry.library_us:.1f}", speedup, f"{entry.config.kernel} {entry.config}", counts
+    theirs, speedup = "none", ""
+    if entry.library_us:  # the Gram form has no library
+        theirs, speedup = f"{entry.library_us:.1f}", f"{entry.library_us / entry.us:.2f}x"
+    return f"{entry.us:.1f}", theirs, speedup, f"{entry.config.kernel} {entry.config}", counts
 
 
 class _Bar:
@@ -226,7 +241,8 @@ class _Bar:
         self.bar.update(progress.candidates - self.bar.n)
         for result in progress.fresh:
             ours, theirs, speedup, *_ = _outcome(result)
-            times = f"{ours} us, cudnn {theirs} us, {speedup}" if result.entry else "no candidate works"
+            beside = f", cudnn {theirs} us, {speedup}" if speedup else ""
+            times = f"{ours} us{beside}" if result.entry else "no candidate works"
             text = f"{_layers(result.site)} {result.site.shape} {_dtype(result.site)}: {times}"
             if self.terminal:
                 self.bar.set_postfix_str(text)

@@ -87,7 +87,7 @@ def may_be_gram(units: Sequence[Unit], project: Unit | None, form: Form) -> bool
     expands = last.pointwise and last.geometry[0] == 1 and last.weight.shape[0] >= 2 * last.weight.shape[1]
     ends = [last] if project is None else [last, project]
     small = all(u.pointwise and u.by_batch and u.weight.shape[1] <= MOST_GRAM_CHANNELS for u in ends)
-    return expands and small
+    return expands and small and all(u.geometry[0] in (1, 2) for u in ends)
 
 
 class Ahead(NamedTuple):
@@ -326,7 +326,8 @@ def _unit_backward(
     """Gradients of one unit from that of its BN's output: of its input, with sums of it, and of its parameters."""
     count = _count(c, 1) if u.by_batch else 0
     g, dgamma, dbeta = steps.bn_gradients(total, stats, count, form.group if u.by_batch else "")
-    dc = steps.settled(steps.Gradient(dz, c, g), h, u.weight, u.geometry, (wants_input, needs[0]))
+    added = 0 if residual is None else residual_stride
+    dc = steps.settled(steps.Gradient(dz, c, g), h, u.weight, u.geometry, (wants_input, needs[0]), added)
     dw = steps.wgrad(dc, h, u.weight, u.geometry) if needs[0] else None
     d, total = None, None
     if wants_input:

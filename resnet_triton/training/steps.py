@@ -390,16 +390,18 @@ def bn_gradients(parts: Tensor, stats: Tensor, count: int, group: str) -> tuple[
     return g, dgamma, dbeta
 
 
-def settled(dc: Gradient, h: Lazy, weight: Tensor, geometry: Sequence[int], wants: Sequence[bool]) -> Gradient:
+def settled(
+    dc: Gradient, h: Lazy, weight: Tensor, geometry: Sequence[int], wants: Sequence[bool], residual_stride: int
+) -> Gradient:
     """The gradient as its readers want it: stored once, unless all of them form it as they load it.
 
-    ``wants`` says whether a dgrad and a wgrad follow.
+    ``wants`` says whether a dgrad and a wgrad follow, ``residual_stride`` what the dgrad adds (0 for nothing).
     """
     x = h.raw
     shape, _ = conv_geometry(x.shape, weight.shape, *geometry)
     lazy = h.stats is not None
     works = (
-        plan.Work("dgrad", shape, prologue=lazy, backward=True, moments=lazy),
+        plan.Work("dgrad", shape, prologue=lazy, backward=True, moments=lazy, residual_stride=residual_stride),
         plan.Work("wgrad", shape, prologue=lazy, backward=True),
     )
     pointwise = shape.r == shape.s == 1 and shape.padding == 0  # else each tap would repeat it
