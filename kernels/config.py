@@ -20,7 +20,7 @@ CHAIN_KERNELS = ("conv_chain", "chain_rolling")
 #: Kernels at the ends of a network.
 END_KERNELS = ("conv1x1_pool", "stem_pool")
 #: Kernels of a training step.
-TRAIN_KERNELS = ("conv_stats", "conv_stats_rolling", "dgrad", "wgrad", "expand", "gram_dgrad")
+TRAIN_KERNELS = ("conv_stats", "conv_stats_rolling", "dgrad", "dgrad_rolling", "wgrad", "expand", "gram_dgrad")
 ALL_KERNELS = KERNELS + CHAIN_KERNELS + END_KERNELS
 #: Kernels that see the output pixels as one row.
 FLAT_KERNELS = ("conv1x1", "conv_pointer", "conv1x1_pool", "gram_dgrad")
@@ -105,7 +105,7 @@ class ConvConfig:
             raise ValueError(f"persistent must be programs per multiprocessor or 0, got {self.persistent!r}")
         if self.persistent and self.kernel not in PERSISTENT_KERNELS:
             raise ValueError(
-                f"persistent={self.persistent} is for {' and '.join(PERSISTENT_KERNELS)}, got kernel={self.kernel!r}"
+                f"persistent={self.persistent} is for {', '.join(PERSISTENT_KERNELS)}, got kernel={self.kernel!r}"
             )
         most = MOST_WGRAD_SPLITS if self.kernel == "wgrad" else MOST_SPLITS
         if type(self.split) is not int or not 1 <= self.split <= most:
@@ -168,9 +168,14 @@ def count_tiles(config: ConvConfig, shape: ConvShape) -> int:
 
 
 def count_strips(config: ConvConfig, shape: ConvShape) -> int:
-    """Strips of a rolling kernel's output pixels: each column of tiles has a row that separates it from the next."""
-    tn, rows, tw = config.box
-    return cdiv(cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1), rows)
+    """Strips of a rolling kernel's output pixels."""
+    return cdiv(rows_of_tiles(config, shape), config.box[1])
+
+
+def rows_of_tiles(config: ConvConfig, shape: ConvShape) -> int:
+    """Rows of all columns of tiles of a rolling kernel, each with one more that separates it from the next."""
+    tn, _, tw = config.box
+    return cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1)
 
 
 def tma_describable(shape: ConvShape, itemsize: int) -> bool:

@@ -40,8 +40,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import FEW_TILES, ConvConfig, least_waste_box, next_power_of_two
-from .conv_stats_rolling import launch_conv_stats_rolling, rolling_refusal, rolling_stats_configs, rows_of_tiles
+from .config import FEW_TILES, ConvConfig, least_waste_box, next_power_of_two, rows_of_tiles
+from .conv_stats_rolling import launch_conv_stats_rolling, rolling_refusal, rolling_stats_configs
 from .epilogue import relu
 from .geometry import ConvShape, cdiv
 from .launch import count, multiprocessors
@@ -236,7 +236,7 @@ def conv_stats_parts(shape: ConvShape, config: ConvConfig, multiprocessors: int 
     if shape.pointwise:
         tiles = cdiv(shape.m, config.bm)
     elif config.kernel == "conv_stats_rolling":
-        tiles = rows_of_tiles(shape, config)
+        tiles = rows_of_tiles(config, shape)
     else:
         tiles = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
     programs = max(1, max(1, config.persistent) * multiprocessors // cdiv(shape.k, config.bn))

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import SHORTEST_STRIP, ConvConfig, rolling_config
+from .config import SHORTEST_STRIP, ConvConfig, rolling_config, rows_of_tiles
 from .conv_rolling import column_taps
 from .epilogue import relu
 from .geometry import ConvShape, cdiv
@@ -180,12 +180,6 @@ def rolling_refusal(shape: ConvShape, config: ConvConfig) -> str | None:
     return None
 
 
-def rows_of_tiles(shape: ConvShape, config: ConvConfig) -> int:
-    """Rows of all columns of tiles, with the one of zeros that follows each."""
-    tn, _, tw = config.box
-    return cdiv(shape.n, tn) * cdiv(shape.q, tw) * (shape.p + 1)
-
-
 def launch_conv_stats_rolling(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -213,7 +207,7 @@ def launch_conv_stats_rolling(
     count("conv_stats_rolling")
     conv_stats_rolling[(number * cdiv(shape.k, config.bn),)](
         describe(x, [tn, 1, tw, c]), w, describe(y, [tn, 1, tw, config.bn]), parts, scale, shift,
-        shape.n, shape.p, shape.q, shape.k, cdiv(rows_of_tiles(shape, config), number),
+        shape.n, shape.p, shape.q, shape.k, cdiv(rows_of_tiles(config, shape), number),
         C=shape.c, PRECISION=precision, TN=tn, TW=tw, BN=config.bn,
         WHOLE=shape.n % tn == shape.q % tw == 0, WORDS=words, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

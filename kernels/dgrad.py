@@ -23,7 +23,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import ConvConfig
-from .dgrad_phases import Walk, dgrad_configs, dgrad_parts, phased, walks
+from .dgrad_phases import Walk, dgrad_configs, dgrad_parts, phased, rolls, walks
+from .dgrad_rolling import launch_dgrad_rolling
 from .geometry import ConvShape, cdiv
 from .launch import count
 from .prologue import BNBackward, Normalised, affine, bn_backward_of
@@ -193,7 +194,7 @@ def launch_dgrad(
     config: ConvConfig,
     precision: str,
 ) -> None:
-    """Launches :func:`dgrad`. All tensors are dense.
+    """Launches :func:`dgrad`, or ``dgrad_rolling`` where that is the configuration's kernel. All tensors are dense.
 
     Args:
         dy: ``[N,P,Q,K]``, the gradient of the convolution's output or of what BN made of it.
@@ -207,7 +208,7 @@ def launch_dgrad(
         residual_stride: 1 or 2, which of these two.
         parts: fp32 ``[dgrad_parts(shape, config, residual_stride), 2, C]``, filled with partial sums over pixels of
             ``dx`` and of ``dx * c`` after rounding; needs a mask ``(c, Normalised)``. Or None.
-        config: of kernel ``"dgrad"``; see :func:`dgrad_configs`.
+        config: of kernel ``"dgrad"`` or ``"dgrad_rolling"``; see :func:`dgrad_configs`.
         precision: ``"tf32"`` or ``"ieee"``, for fp32.
 
     Raises:
@@ -227,6 +228,12 @@ def launch_dgrad(
                 f"parts has {parts.shape[0]} rows, mask is {type(mask).__name__}; allowed: {rows} rows and a "
                 "mask (c, Normalised), because the second sum is of dx * c"
             )
+    if config.kernel == "dgrad_rolling":
+        number = dgrad_parts(shape, config)
+        launch_dgrad_rolling(
+            dy, w, dx, residual, masked, scale, shift, parts, number, shape, config, precision
+        )  # fmt: skip
+        return
     filled = 0  # rows of parts
     for walk in walks(shape, config, residual_stride):
         pixels = functools.partial(pixel_boxes, walk=walk, divided=phased(shape, residual_stride), flat=shape.pointwise)
@@ -285,8 +292,13 @@ def check(
     config: ConvConfig,
 ) -> None:
     """Raises ValueError for what :func:`launch_dgrad` does not compute."""
-    if config.kernel != "dgrad":
-        raise ValueError(f"config.kernel={config.kernel!r}; allowed: 'dgrad', see dgrad_configs")
+    if config.kernel not in ("dgrad", "dgrad_rolling"):
+        raise ValueError(f"config.kernel={config.kernel!r}; allowed: 'dgrad', 'dgrad_rolling', see dgrad_configs")
+    if config.kernel == "dgrad_rolling" and (not rolls(shape) or config.bk != shape.k or config.box[1] != 1):
+        raise ValueError(
+            f"dgrad_rolling computes 3x3 convolutions of stride 1, padding 1 and dilation 1 with bk=K, a power of two, "
+            f"and boxes of one row, got {shape}, {config}; take a configuration of dgrad_configs"
+        )
     if shape.stride not in (1, 2):
         raise ValueError(f"stride={shape.stride}; allowed: 1 or 2. Use torch.ops.aten.convolution_backward.")
     if residual_stride not in (1, 2):

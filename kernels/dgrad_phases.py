@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import FEW_TILES, ConvConfig, least_waste_box, next_power_of_two
+from .config import (
+    FEW_TILES,
+    SHORTEST_STRIP,
+    ConvConfig,
+    least_waste_box,
+    next_power_of_two,
+    rolling_config,
+    rows_of_tiles,
+)
 from .geometry import ConvShape, cdiv
 
 #: Programs that leave sums: two for each multiprocessor of an H200. The same on every GPU, and so are the bits.
@@ -78,7 +86,15 @@ def walks(shape: ConvShape, config: ConvConfig, residual_stride: int = 1) -> lis
 def dgrad_parts(shape: ConvShape, config: ConvConfig, residual_stride: int = 1) -> int:
     """Rows of the sums that ``launch_dgrad`` leaves."""
     columns = cdiv(shape.c, config.bn)
+    if config.kernel == "dgrad_rolling":
+        rows = rows_of_tiles(config, shape)
+        return cdiv(rows, cdiv(rows, max(1, SUMMING_PROGRAMS // columns)))
     return sum(walk.summing(columns) for walk in walks(shape, config, residual_stride))
+
+
+def rolls(shape: ConvShape) -> bool:
+    """Whether ``dgrad_rolling`` computes a convolution."""
+    return (shape.r, shape.s, shape.stride, shape.padding, shape.dilation) == (3, 3, 1, 1, 1)
 
 
 def pixel_box(n: int, h: int, w: int, bm: int) -> tuple[int, int, int]:
@@ -137,9 +153,14 @@ def dgrad_configs(shape: ConvShape, itemsize: int, prologue: bool, precision: st
             tiles.insert(2, (128, 256, 8, 3))
     else:
         tiles = [(256, columns, 4, 2), (128, columns, 4, 3)]
+    configs = []
+    if itemsize == 2 and rolls(shape) and shape.c == shape.k == 64:
+        tn, strip, tw = rolling_config(shape).box
+        if strip >= SHORTEST_STRIP:
+            configs = [ConvConfig("dgrad_rolling", (tn, 1, tw), 64, 64, 4, 2)]
     blocks = shape.stride**2 * n * h * w
     busy = [t for t in tiles if cdiv(blocks, t[0]) * cdiv(shape.c, t[1]) >= FEW_TILES]
-    return [
+    return configs + [
         ConvConfig("dgrad", (1, 1, bm) if shape.pointwise else pixel_box(n, h, w, bm), bn, bk, warps, stages)
         for bm, bn, warps, stages in busy or [(64, min(64, columns), 4, 3)]
     ]

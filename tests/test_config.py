@@ -55,7 +55,7 @@ ODD = [
         ({"stages": 0}, r"stages must be a positive int, got 0"),
         ({"stages": 2.5}, r"stages must be a positive int, got 2.5"),
         ({"kernel": "conv1x1", "persistent": -1}, r"persistent must be programs per multiprocessor or 0, got -1"),
-        ({"persistent": 1}, r"persistent=1 is for conv1x1 and conv_stats, got kernel='conv_tma'"),
+        ({"persistent": 1}, r"persistent=1 is for conv1x1, conv_stats, conv_stats_rolling, got kernel='conv_tma'"),
         ({"split": 0}, r"split must be an int from 1 to 16, got 0"),
         ({"split": 17}, r"split must be an int from 1 to 16, got 17"),
         ({"split": True}, r"split must be an int from 1 to 16, got True"),

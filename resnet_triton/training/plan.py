@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import cost, tuning
 from ..devices import Target
 from ..entries import TrainEntry
-from ..kernels.config import MOST_WGRAD_SPLITS, ConvConfig
+from ..kernels.config import MOST_WGRAD_SPLITS, ConvConfig, rows_of_tiles
 from ..kernels.geometry import ConvShape, cdiv
 from ..plan import CLEAR_WIN, CLEARED, Choice, library_of, refusal, warn_borrowed
 
@@ -35,8 +35,8 @@ GRAM_STEPS = ("gram", "expand", "gram_dgrad")
 #: Steps that have configurations, and the kernels of those that are not named as the step.
 TUNED_STEPS = ("conv_stats", "dgrad", "wgrad", *GRAM_STEPS, "stem_conv_stats", "stem_wgrad")
 _KERNELS = {
-    "conv_stats": ("conv_stats", "conv_stats_rolling"), "gram": ("wgrad",), "stem_conv_stats": ("conv_stats",),
-    "stem_wgrad": ("wgrad",),
+    "conv_stats": ("conv_stats", "conv_stats_rolling"), "dgrad": ("dgrad", "dgrad_rolling"), "gram": ("wgrad",),
+    "stem_conv_stats": ("conv_stats",), "stem_wgrad": ("wgrad",),
 }  # fmt: skip
 
 
@@ -271,6 +271,8 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
         from ..kernels.dgrad_phases import dgrad_configs
 
         found = dgrad_configs(shape, size, work.backward, precision)
+        if work.residual_stride:  # its programs would not fit a multiprocessor twice, and spill where sums are wanted
+            found = [config for config in found if config.kernel != "dgrad_rolling"]
     elif work.step == "wgrad":
         from ..kernels.wgrad import wgrad_configs
 
@@ -317,14 +319,11 @@ def predict(
         taps = prod(tap_group(work.shape, config))
         loaded = tiles / taps * depth * (tile_rows * (1 + work.backward) * taps + tile_columns)
     waves = 1.0  # programs that share the pixels fill the GPU
-    if config.kernel == "conv_stats_rolling":  # each row three times, weights once, two rows more for each program
-        from ..kernels.conv_stats import conv_stats_parts
-        from ..kernels.conv_stats_rolling import rows_of_tiles
-
-        programs = conv_stats_parts(work.shape, config, target.multiprocessors or 4)
-        steps = programs * (cdiv(rows_of_tiles(work.shape, config), programs) + 2)
+    if config.kernel.endswith("_rolling"):  # each row three times, weights once, two rows more for each program
         blocks = cdiv(columns, config.bn)
-        loaded = blocks * work.shape.c * (3 * steps * config.bm + 9 * programs * config.bn)
+        programs = max(1, 2 * (target.multiprocessors or 4) // blocks)
+        steps = programs * (cdiv(rows_of_tiles(config, work.shape), programs) + 2)
+        loaded = blocks * config.bk * (3 * steps * config.bm + 9 * programs * config.bn)
         waves = steps * config.bm / rows
     elif not over_pixels:
         waves = cdiv(tiles, target.multiprocessors) * target.multiprocessors / max(1, tiles)

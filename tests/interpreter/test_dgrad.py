@@ -85,7 +85,7 @@ class Inputs:
             guarded.input(self.dy), guarded.input(self.w), dx, s, prologue, mask, guarded.input(self.residual),
             self.stride, parts, tiling, precision,
         )  # fmt: skip
-        assert set(launch.COUNTS) == {"dgrad"}
+        assert set(launch.COUNTS) == {tiling.kernel}
         guarded.verify()
         return dx, parts
 
