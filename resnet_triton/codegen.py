@@ -37,7 +37,7 @@ from .devices import Target, known_devices
 from .issue import IssueCount, count_issued
 from .kernels.config import ConvConfig, Epilogue, count_tiles
 from .kernels.geometry import ChainShape, ConvShape, cdiv
-from .nests import Loop, nest_of, nest_of_training
+from .nests import Loop, longest_of, nest_of, nest_of_training
 from .repeats import repeats
 
 #: The device each architecture is planned for.
@@ -125,7 +125,8 @@ class Case:
     def loops(self) -> tuple[Loop, ...]:
         """The loops with products, for one output tile; empty for a kernel without any."""
         if self.training and self.config:
-            return nest_of_training(self.kernel, arguments(self.launch)).loops
+            loops = nest_of_training(self.kernel, arguments(self.launch)).loops
+            return loops if self.tensor_cores else (longest_of(loops),)
         shape = self.uses[0].shape
         return nest_of(shape, self.config) if shape and self.config else ()
 

@@ -44,6 +44,8 @@ def problems(case: Case, metrics: Metrics) -> list[str]:
         found.append(f"computes products {compiled.repeats} times: fewer warps, or a larger tile")
     if metrics.tensor_bound and case.kernel in KERNELS and case.kernel != "conv_pointer":
         found += _beyond(metrics.pressure, PRESSURE_BOUND, "pressure")
+    if case.training and not case.config and metrics.limit == "launch":  # a few microseconds, once a layer
+        return found
     return found + _beyond(metrics.issue_over_roof, ROOF_BOUND, f"issue/roof ({metrics.limit})")
 
 
@@ -56,6 +58,8 @@ def heavy_loop(case: Case, metrics: Metrics) -> str | None:
         return "exact fp32 has no tensor cores"
     if case.dtype == torch.float32:
         return "TF32 operands pass through registers"
+    if case.kernel.endswith("_rolling"):
+        return "64 channels; what a row does only at the border or at first is counted in all"
     if given.get("R", 1) * given.get("S", 1) == 1:
         return "a 1x1 has few products for what it loads, normalises and stores"
     if case.kernel == "wgrad" and not given["SHIFTED"]:
@@ -80,6 +84,8 @@ def _scatters(case: Case) -> bool:
 
 def _expected_opcode(case: Case) -> str:
     """The matrix instruction of an architecture."""
+    if case.kernel == "wgrad":  # whose box of pixels is the depth; of fp32, either will do
+        return "HGMMA" if case.dtype.itemsize == 2 else "HG?MMA"
     return {90: "HGMMA", 100: r"UTC\w*MMA"}.get(case.sm, "HMMA") if _wide(case) else "HMMA"
 
 

@@ -5,7 +5,7 @@ Pure Python: no torch, no triton.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -89,6 +89,15 @@ class Nest(NamedTuple):
     tiles: int
 
 
+def longest_of(loops: Sequence[Loop]) -> Loop:
+    """Of a nest, the loop without inner ones that has most of the work, with all its iterations."""
+    every = [(loop, 1) for loop in loops]
+    for loop, times in every:  # grows
+        every += [(inner, times * loop.entries) for inner in loop.inner]
+    loop, times = max(((loop, n) for loop, n in every if not loop.inner), key=lambda one: one[0].work * one[1])
+    return Loop(loop.trips * times, loop.macs)
+
+
 def nest_of_training(kernel: str, a: Mapping[str, Any]) -> Nest:
     """The loops of a training kernel, from the arguments that it is launched with.
 
@@ -137,10 +146,25 @@ def _taps_at_the_border(a: Mapping[str, Any]) -> int:
 
 
 def _conv_stats_rolling(a: Mapping[str, Any]) -> Nest:
+    return _rolling(a, a["P"], a["Q"], a["C"], a["K"])
+
+
+def _dgrad_rolling(a: Mapping[str, Any]) -> Nest:
+    return _rolling(a, a["H"], a["W"], a["K"], a["C"])
+
+
+def _rolling(a: Mapping[str, Any], height: int, width: int, depth: int, channels: int) -> Nest:
     rows, bm = a["ROWS"], a["TN"] * a["TW"]
-    strips = cdiv(cdiv(a["N"], a["TN"]) * cdiv(a["Q"], a["TW"]) * (a["P"] + 1), rows)
-    loop = Loop(rows + 2, 9 * bm * a["BN"] * a["C"], taken=rows)
-    return Nest((loop,), False, strips * cdiv(a["K"], a["BN"]))
+    strips = cdiv(cdiv(a["N"], a["TN"]) * cdiv(width, a["TW"]) * (height + 1), rows)
+    loop = Loop(rows + 2, 9 * bm * a["BN"] * depth, taken=rows)
+    return Nest((loop,), False, strips * cdiv(channels, a["BN"]))
+
+
+def _dgrad_rolling(a: Mapping[str, Any]) -> Nest:
+    rows, bm = a["ROWS"], a["TN"] * a["TW"]
+    strips = cdiv(cdiv(a["N"], a["TN"]) * cdiv(a["W"], a["TW"]) * (a["H"] + 1), rows)
+    loop = Loop(rows + 2, 9 * bm * a["BN"] * a["K"], taken=rows)
+    return Nest((loop,), False, strips * cdiv(a["C"], a["BN"]))
 
 
 def _dgrad(a: Mapping[str, Any]) -> Nest:
@@ -179,6 +203,8 @@ _TRAINING = {
     "conv_stats": _conv_stats,
     "conv_stats_rolling": _conv_stats_rolling,
     "dgrad": _dgrad,
+    "dgrad_rolling": _dgrad_rolling,
+    "dgrad_rolling": _dgrad_rolling,
     "wgrad": _wgrad,
     "expand": _expand,
     "gram_dgrad": _gram_dgrad,
