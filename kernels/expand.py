@@ -333,7 +333,7 @@ def expand_configs(
         itemsize: bytes of an element.
         project: of the projection, or None for an identity shortcut.
         following: filters of the next block's first 1x1 where that is computed as well, else 0. The list is empty
-            where registers do not suffice for it.
+            where registers do not suffice for it, or they are no power of two from 16 on.
     """
     flat = project is None or project.stride == 1
 
@@ -343,7 +343,8 @@ def expand_configs(
 
     if following:
         largest = max(shape.c, following, project.c if project else 0)
-        if itemsize == 4 or largest > 128 or (project and largest > 64):
+        described = following >= 16 and not following & (following - 1)
+        if not described or itemsize == 4 or largest > 128 or (project and largest > 64):
             return []
         return [config(128, 64, 64 if shape.c <= 64 else 128, 8, 2)]
     if itemsize == 4:  # two exact accumulators of 128 rows would spill

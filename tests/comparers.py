@@ -78,7 +78,7 @@ def no_worse_than(out: Tensor, eager: Tensor, reference: Tensor, k: float = FORW
 
 
 def trajectory(out: Tensor, eager: Tensor, reference: Tensor) -> None:
-    """Asserts that ``out``, many steps of training later, is as near the fp64 ``reference`` as ``eager`` but for chance."""
+    """Asserts that ``out``, many steps of training later, is as near ``reference`` as ``eager`` but for chance."""
     no_worse_than(out, eager, reference, TRAJECTORY)
 
 

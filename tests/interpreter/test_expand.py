@@ -10,7 +10,8 @@ from torch import Tensor
 
 from resnet_triton.kernels import launch
 from resnet_triton.kernels.config import ConvConfig
-from resnet_triton.kernels.expand import Following, Project, launch_expand
+from resnet_triton.kernels.expand import Following, Project, expand_configs, launch_expand
+from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.kernels.prologue import Normalised
 from tests.cases import Guarded, integers
 from tests.comparers import identical, no_worse_than
@@ -236,3 +237,10 @@ def test_refused() -> None:
         run(replace(given, stride=3), TILE)
     with pytest.raises(ValueError, match=r"pixels 1x2x2 of c2, got \(1, 4, 4\) at stride 1"):
         run(replace(given, stride=1), TILE)
+
+
+@pytest.mark.parametrize("filters", (8, 24, 96))
+def test_no_configuration_for_following_filters_that_are_no_power_of_two(filters: int) -> None:
+    """What :func:`launch_expand` refuses is not offered."""
+    assert expand_configs(ConvShape(2, 8, 8, 16, 64), 2, None, 16)
+    assert expand_configs(ConvShape(2, 8, 8, 16, 64), 2, None, filters) == []
