@@ -160,13 +160,6 @@ def _rolling(a: Mapping[str, Any], height: int, width: int, depth: int, channels
     return Nest((loop,), False, strips * cdiv(channels, a["BN"]))
 
 
-def _dgrad_rolling(a: Mapping[str, Any]) -> Nest:
-    rows, bm = a["ROWS"], a["TN"] * a["TW"]
-    strips = cdiv(cdiv(a["N"], a["TN"]) * cdiv(a["W"], a["TW"]) * (a["H"] + 1), rows)
-    loop = Loop(rows + 2, 9 * bm * a["BN"] * a["K"], taken=rows)
-    return Nest((loop,), False, strips * cdiv(a["C"], a["BN"]))
-
-
 def _dgrad(a: Mapping[str, Any]) -> Nest:
     steps, phases = a["R"] * a["S"] * cdiv(a["K"], a["BK"]), a["STRIDE"] ** 2
     tiles = a["PHASES"] * _boxes(a, "H", "W") * cdiv(a["C"], a["BN"])
@@ -203,7 +196,6 @@ _TRAINING = {
     "conv_stats": _conv_stats,
     "conv_stats_rolling": _conv_stats_rolling,
     "dgrad": _dgrad,
-    "dgrad_rolling": _dgrad_rolling,
     "dgrad_rolling": _dgrad_rolling,
     "wgrad": _wgrad,
     "expand": _expand,
