@@ -24,7 +24,7 @@ from resnet_triton.training.measure import TrainProblem
 from resnet_triton.training.plan import GRAM_STEPS, TUNED_STEPS, Work, candidates_of
 from resnet_triton.training.sites import TrainSite, training_sites
 from resnet_triton.tuner import Timing, Trial
-from tests import networks
+from tests import networks, tune_rows
 
 H200 = target_of("NVIDIA H200")
 SIBLING = replace(H200, name="NVIDIA Sibling")
@@ -299,6 +299,20 @@ def test_a_step_without_a_library_is_timed_alone(monkeypatch: pytest.MonkeyPatch
     timing = problem.time(candidates(TINY[4])[0])
     assert len(captured) == 1 and captured[0] % 2 == 0
     assert timing.us == pytest.approx(1200 / captured[0]) and timing.library_us == 0.0
+
+
+def test_steps_are_tuned_in_worker_processes_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same journal and file as of convolutions; a second call runs nothing again; the plan takes the result."""
+    monkeypatch.setenv("TUNE_LOG", str(folder / "log"))
+    sites, out = [TrainSite(DGRAD, BF16, layers=("a",)), TrainSite(EXPAND, BF16, layers=("b",))], folder
+    for _ in range(2):
+        report = tune.tune(sites, H200, out, handler="tests.tune_rows:measure", compiler=None)
+        assert [result.entry.us for result in report.results if result.entry] == [5.0, 10.0]
+        runs = (folder / "log").read_text().splitlines()
+    assert len(runs) == sum(len(site.candidates(H200)) + 2 for site in sites), "each once, the best two twice"
+    choice = choose(DGRAD)
+    assert (choice.config, choice.measured_us) == (candidates(DGRAD)[tune_rows.BEST], 5.0)
+    assert choose(EXPAND).measured_us == 10.0
 
 
 def test_forcing_a_choice_ends_with_its_block() -> None:

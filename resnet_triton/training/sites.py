@@ -116,10 +116,9 @@ class TrainSite(Named):
         best = trials[0] if trials else None
         if best is None or best.timing is None:
             return None
-        times, exact = best.timing, self.precision if self.dtype == torch.float32 else ""
-        return TrainEntry(
-            self.work, _name(self.dtype), best.config, times.us, times.library_us, exact, tuning.versions()
-        )
+        theirs = best.timing.library_us if self.work.has_library else 0.0
+        exact = self.precision if self.dtype == torch.float32 else ""
+        return TrainEntry(self.work, _name(self.dtype), best.config, best.timing.us, theirs, exact, tuning.versions())
 
     def read_entry(self, data: dict) -> TrainEntry:
         """The entry that a journal holds."""
