@@ -162,7 +162,7 @@ class TrainingStep:
     chained: bool = False
 
     def programs(self, dtype: torch.dtype, precision: str, target: Target, pick: int = 0) -> list[Program]:
-        """What it launches: forward layer after layer, then backward.
+        """What it launches: forward layer after layer, then backward; and the pass behind a library's convolution.
 
         Args:
             dtype, precision: of activations, and of fp32 products.
@@ -176,6 +176,10 @@ class TrainingStep:
         with tracer.active():
             _stem(tracer, stem_conv(self.batch, self.size))
             _blocks(tracer, list(resnet_convs(self.depth, self.batch, self.size)), self.gram)
+            s = stem_conv(self.batch, self.size).shape
+            raw = torch.empty(s.n, s.k, s.p, s.q, dtype=dtype, device="meta", memory_format=torch.channels_last)
+            tracer.place = f"resnet{self.depth} behind a library's convolution"
+            steps.moments_of(raw)
         return tracer.found
 
 
