@@ -30,6 +30,7 @@ from . import data
 from .training_providers import EAGER, OURS, REPLAYED, STORED, Phases, Step, providers_on
 
 SUITE = "training"
+EXACT = 1e-8  # the error of a gradient that was computed in float64
 OURS_LIMIT = 3.0  # the error of each of our gradients in units of eager's
 #: Images and pixels of a side of the check on the CPU, where float64 is slow; a GPU is checked on what is timed.
 CPU_CHECK = (4, 64)
@@ -159,11 +160,24 @@ class Judge:
             each[name] = math.sqrt(off / norm) if norm else math.sqrt(off)
         return math.sqrt(squares / norms), each
 
-    def accepts(self, row: Row, provider: Provider, gradients: Gradients) -> bool:
-        """Fills in the errors; whether the row may be timed. The first provider of a dtype is eager."""
+    def accepts(self, row: Row, provider: Provider, gradients: Gradients, wide: Gradients | None = None) -> bool:
+        """Fills in the errors; whether the row may be timed. The first provider of a dtype is eager.
+
+        Args:
+            row, provider: whose gradients.
+            gradients: in the row's dtype.
+            wide: the same in float64, which decide where given: in float32, a few signs of values near zero make all
+                the difference between two right results.
+        """
         found = self.errors(gradients)
         eager = self._eager.setdefault(row.dtype, found)
         row.error, row.eager_error = found[0], eager[0]
+        if wide is not None:
+            _, each = self.errors(wide)
+            name = max(each, key=each.__getitem__)
+            if not each[name] <= EXACT:
+                row.status = f"{WRONG}: gradient of {name}, error {each[name]:.1e} in float64, limit {EXACT:g}"
+            return row.status == OK
         limit = OURS_LIMIT if provider.ours else PEER_LIMIT
         name, ratio = worst_of(found, eager, DTYPES[row.dtype])
         if provider is not EAGER:
@@ -291,22 +305,27 @@ def _build(row: Row, provider: Provider, model: nn.Module, x: Tensor, checked: T
     if not x.is_cuda:
         small: Any = provider.build(model, checked, dtype)
         small()
-        if not judge.accepts(row, provider, small.gradients()):
+        wide: Any = None
+        if dtype == torch.float32:
+            step = provider.build(copy.deepcopy(model).double(), checked.double(), torch.float64)
+            step()
+            wide = step.gradients()  # type: ignore[attr-defined]
+        if not judge.accepts(row, provider, small.gradients(), wide):
             return None
         row.saved_mb_per_image = saved_mb_per_image(provider, model, x[:4], dtype)
         return provider.build(model, x, dtype)  # type: ignore[return-value]
     _forget()
     before = torch.cuda.memory_allocated()
-    step: Any = provider.build(model, x, dtype)
-    step()
+    whole: Any = provider.build(model, x, dtype)
+    whole()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    step()
+    whole()
     torch.cuda.synchronize()
     if provider not in REPLAYED:
         row.peak_memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20
         row.saved_mb_per_image = saved_mb_per_image(provider, model, x[: min(len(x), 16)], dtype)
-    return step if judge.accepts(row, provider, step.gradients()) else None
+    return whole if judge.accepts(row, provider, whole.gradients()) else None
 
 
 def _time(group: TrainGroup, rows: dict[tuple[str, str], Row], steps: dict[tuple[str, str], Step]) -> None:

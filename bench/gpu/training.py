@@ -59,7 +59,7 @@ def sanitizer_rows(target: Target) -> list[Row]:
 def dry_rows() -> list[Row]:
     """The same kinds of checks at sizes for Triton's interpreter; gradients of a network in PyTorch's operators."""
     found = [_step(work, config, "float16") for work, config in _tiny()]
-    found.append(_model(4, "tf32", 8, 32, "gram", backend="auto"))
+    found.append(_model(4, "bfloat16", 8, 32, "gram", backend="auto"))
     return [Row(r.key, r.kernel, r.config, r.limit_s, {**r.payload, "device": "cpu"}) for r in found]
 
 
