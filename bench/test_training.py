@@ -17,7 +17,7 @@ from resnet_triton.training.plan import Work
 CUDA = torch.cuda.is_available()
 BOTH = ("float32", "bfloat16")
 SLOW_PEER = ("torch.compile max-autotune",)  # it compiles for minutes
-CPU_GROUPS = (TrainGroup("cpu", "resnet50", 4, 224, BOTH, 10), TrainGroup("cpu", "resnet18", 4, 224, BOTH, 5))
+CPU_GROUPS = (TrainGroup("cpu", "resnet50", 4, 160, BOTH, 8), TrainGroup("cpu", "resnet18", 4, 160, BOTH, 3))
 GPU_GROUPS = (
     TrainGroup("cuda", "resnet50", 256, 224, ("bfloat16",), 10),
     TrainGroup("cuda", "resnet18", 256, 224, ("bfloat16",), 6),
