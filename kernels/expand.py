@@ -324,7 +324,7 @@ def chunk(channels: int, config: ConvConfig) -> int:
 
 
 def expand_configs(
-    shape: ConvShape, itemsize: int, project: ConvShape | None = None, following: int = 0
+    shape: ConvShape, itemsize: int, project: ConvShape | None = None, following: int = 0, precision: str = "tf32"
 ) -> list[ConvConfig]:
     """Configurations for :func:`launch_expand`, none of which spills on sm_90; the first is the heuristic.
 
@@ -334,6 +334,7 @@ def expand_configs(
         project: of the projection, or None for an identity shortcut.
         following: filters of the next block's first 1x1 where that is computed as well, else 0. The list is empty
             where registers do not suffice for it, or they are no power of two from 16 on.
+        precision: of fp32 products.
     """
     flat = project is None or project.stride == 1
 
@@ -348,7 +349,7 @@ def expand_configs(
             return []
         return [config(128, 64, 64 if shape.c <= 64 else 128, 8, 2)]
     if itemsize == 4:  # two exact accumulators of 128 rows would spill
-        return [config(128 if project is None else 64, 64, 32, 8, 2)]
+        return [config(64 if project and precision == "ieee" else 128, 64, 32, 8, 2)]
     chunks = [config(128, 128, 64, 8, 3), config(128, 64, 64, 4, 3)]
     if project is None:
         if shape.c <= 64:

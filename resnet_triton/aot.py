@@ -614,7 +614,8 @@ def _heavy_line(item: tuple[tuple[str, str], list[Metrics]]) -> str:
     (kernel, reason), found = item
     most = max(loop.pressure for metrics in found for loop in metrics.loops)
     over = max(metrics.issue_over_roof or 0.0 for metrics in found)
-    return f"{kernel}, {len(found)} programs, up to {most:.2f} (issue/roof up to {over:.2f}): {reason}."
+    number = f"{len(found)} program{'s' * (len(found) > 1)}"
+    return f"{kernel}, {number}, up to {most:.2f} (issue/roof up to {over:.2f}): {reason}."
 
 
 def _report_alternatives(found: Sequence[Case]) -> bool:

@@ -284,7 +284,7 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
     elif work.step == "expand":
         from ..kernels.expand import expand_configs
 
-        found = expand_configs(shape, size, work.project, work.following)
+        found = expand_configs(shape, size, work.project, work.following, precision)
     elif work.step == "gram_dgrad":
         from ..kernels.gram_dgrad import gram_dgrad_configs
 
