@@ -93,7 +93,8 @@ def samples(grad: bool) -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 
 def test_every_operator_has_a_sample() -> None:
-    assert {name for name, _ in samples(False).values()} == set(IMPLEMENTATIONS)
+    trained = {name for name in IMPLEMENTATIONS if name.startswith("train_")}  # sampled in test_training_blocks.py
+    assert {name for name, _ in samples(False).values()} == set(IMPLEMENTATIONS) - trained
 
 
 @pytest.mark.parametrize("name", samples(False))

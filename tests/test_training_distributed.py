@@ -290,6 +290,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
+@pytest.mark.xdist_group("distributed training")  # one pair of processes for all
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes(name: str, wrong: list[dict[str, str]]) -> None:
     for rank, found in enumerate(wrong):

@@ -26,16 +26,20 @@ ALTERNATIVES = aot.alternatives()
 
 
 def kind(case: codegen.Case) -> tuple:
-    """What makes the machine code of two programs different in kind."""
+    """What makes the machine code of two programs different in kind; in other dtypes than bf16, the kernel alone."""
+    if case.dtype != torch.bfloat16:
+        return case.kernel, case.dtype, case.precision
     given = codegen.arguments(case.launch)
     taps = given.get("R", 1) * given.get("S", 1)
     return case.kernel, case.operands, case.dtype, case.precision, taps > 1, given.get("STRIDE")
 
 
 def sample(cases: list[codegen.Case]) -> list[codegen.Case]:
-    """One program of each kind, the one with the largest tile."""
+    """One program of each kind, the one with the largest tile; in other dtypes than bf16, only those with products."""
     found: dict[tuple, codegen.Case] = {}
     for case in cases:
+        if case.dtype != torch.bfloat16 and not case.config:
+            continue
         kept = found.setdefault(kind(case), case)
         if case.config and kept.config and case.config.bm * case.config.bn > kept.config.bm * kept.config.bn:
             found[kind(case)] = case
@@ -53,7 +57,7 @@ def test_program(case: codegen.Case) -> None:
         assert not worse, f"{'; '.join(worse)}: {REGENERATE}"
 
 
-@pytest.mark.parametrize("case", sample(ALTERNATIVES)[::3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sample(ALTERNATIVES)[::6], ids=lambda case: case.name)
 def test_alternatives_do_not_spill(case: codegen.Case) -> None:
     assert codegen.misfit([case.launch], 90, codegen.SHARED_LIMIT[90]) is None
 

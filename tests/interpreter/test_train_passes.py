@@ -215,7 +215,8 @@ def test_a_backward_is_no_worse_than_eager(dtype: torch.dtype, mean: float, trai
     stats = torch.stack((average, var, rstd, gamma * rstd, beta - average * gamma * rstd)).float()
     ours = backward(dy, y, c, stats, m if training else 0)
     for out, other, reference in zip(ours, theirs, exact, strict=True):
-        if mean > 2:  # the sums of dz * c are not centred: dgamma's fp32 digits suffer, those of the activations do not
+        # the sums of dz * c are not centred: dgamma's last fp32 digits suffer from a mean, those of 16 bits do not
+        if mean >= 2 and dtype != torch.float32:
             out, other = out.to(dtype), other.to(dtype)
         no_worse_than(out, other, reference, GRADIENT)
 
