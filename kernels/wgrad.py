@@ -215,7 +215,7 @@ def shifts_gradient(shape: ConvShape) -> int | None:
 def wgrad_configs(
     shape: ConvShape, itemsize: int, normalised: bool = False, prologue: bool = False, multiprocessors: int = 132
 ) -> list[ConvConfig]:
-    """Configurations for a gradient, the best guess first.
+    """Configurations for a gradient, the best guess first; none where a tensor map cannot describe the input.
 
     Args:
         shape: of the forward convolution.
@@ -225,6 +225,8 @@ def wgrad_configs(
             materialise such a gradient.
         multiprocessors: of the GPU; the shares of the pixels are chosen to fill it.
     """
+    if _undescribable(shape):
+        return []
     k, c = next_power_of_two(shape.k), next_power_of_two(shape.c)
     if itemsize == 4:  # no transposed operands in shared memory: the tensor cores of the generation before
         tiles = [(64, 64, 8, 2)]
@@ -239,6 +241,13 @@ def wgrad_configs(
     else:
         tiles = [(128, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)]
     return _tiled(tiles, shape, k, c, 32 if itemsize == 4 else 64, multiprocessors, prologue)
+
+
+def _undescribable(shape: ConvShape) -> bool:
+    """Whether the boxes of a tap are strided in a way that no tensor map has; the pixels of a 1x1 are a slice."""
+    if shape.r == shape.s == 1 and shape.padding == 0:
+        return False
+    return shape.stride > 2 or (shape.stride == 2 and (shape.h % 2 > 0 or shape.w % 2 > 0))
 
 
 def gram_configs(shape: ConvShape, itemsize: int, multiprocessors: int = 132) -> list[ConvConfig]:
@@ -399,7 +408,7 @@ def _launch(
         flat = False
     else:
         flat = shape.pointwise
-    if shape.stride > 2 or (shape.stride == 2 and (shape.h % 2 or shape.w % 2)):
+    if _undescribable(shape):
         raise ValueError(
             f"shape {shape} has stride {shape.stride} on {shape.h}x{shape.w} pixels; allowed: stride 1, and 2 for even "
             f"sizes, which a tensor map can describe. Take the library's gradient."

@@ -96,3 +96,13 @@ def test_the_model_is_left_as_it_was(memory: str) -> None:
         explain(model, (2, 3, 64, 64), dtype=torch.bfloat16, device=H200)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(64, 33), (97, 64)])
+def test_odd_sizes_leave_to_the_library_what_no_tensor_map_describes(size: tuple[int, int]) -> None:
+    """Forward and weight gradient of the 3x3 at stride 2; nothing is planned that a launch would refuse."""
+    model = convert(tv.ResNet(tv.Bottleneck, [1, 1, 1, 1])).train()
+    with use_backend("triton"):
+        plan = explain(model, (8, 3, *size), dtype=torch.bfloat16, device="NVIDIA H200")
+    theirs = {(row.name, row.op.split()[0]) for row in plan.rows if row.realisation == "cudnn"}
+    assert {op for _, op in theirs} == {"fprop", "wgrad"} and all(name.endswith("conv2") for name, _ in theirs)

@@ -89,6 +89,8 @@ def refusal_of_products(work: Work, dtype: torch.dtype, precision: str, target: 
     if not target.tma:
         return f"{target.name} has no tensor memory accelerator, which the training kernels need"
     assert work.shape is not None
+    if work.shape.stride > 2:
+        return f"{work.shape} has stride {work.shape.stride}; training kernels take 1 and 2"
     if not work.step.startswith("stem") and (work.shape.c * dtype.itemsize % 16 or work.shape.k * dtype.itemsize % 16):
         return f"{work.shape} has rows that are no multiple of 16 bytes"
     if not configs_of(work, dtype, precision, target.multiprocessors):
