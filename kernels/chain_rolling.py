@@ -48,6 +48,7 @@ from .config import SHORTEST_STRIP, ConvConfig, count_strips, next_power_of_two
 from .epilogue import bn_scale_shift, relu
 from .geometry import ChainShape, cdiv
 from .launch import count
+from .tiles import next_row, strip_origin
 
 
 @triton.jit
@@ -77,10 +78,7 @@ def chain_rolling(
     """
     BM: tl.constexpr = TN * TW
     first = tl.program_id(0) * ROWS
-    across = tl.cdiv(Q, TW)
-    row = first % (P + 1) - 1
-    q0 = first // (P + 1) % across * TW
-    n0 = first // (P + 1) // across * TN
+    n0, row, q0 = strip_origin(first, P, Q, TN, TW)
     w00, w01, w02 = w_conv.load([0, 0]), w_conv.load([0, CM]), w_conv.load([0, 2 * CM])
     w10, w11, w12 = w_conv.load([0, 3 * CM]), w_conv.load([0, 4 * CM]), w_conv.load([0, 5 * CM])
     w20, w21, w22 = w_conv.load([0, 6 * CM]), w_conv.load([0, 7 * CM]), w_conv.load([0, 8 * CM])
@@ -126,11 +124,7 @@ def chain_rolling(
             if w_reduce is not None:
                 after = relu(normalised(after, reduce, tl.arange(0, CN))).to(t.dtype)
                 t_next.store([n0, p, q0, 0], after.reshape(TN, 1, TW, CN))
-        bottom = row == P
-        row = tl.where(bottom, 0, row + 1)
-        q0 = tl.where(bottom, q0 + TW, q0)
-        n0 = tl.where(q0 < Q, n0, n0 + TN)
-        q0 = tl.where(q0 < Q, q0, 0)
+        n0, row, q0 = next_row(n0, row, q0, P, Q, TN, TW)
 
 
 #: Multiprocessors of the GPU for which strips are cut: an H100 or H200.

@@ -23,6 +23,7 @@ from .config import ConvConfig, count_tiles
 from .epilogue import Operands, bn_scale_shift, relu
 from .geometry import ConvShape
 from .launch import count
+from .tiles import next_row, nine_taps, strip_origin
 
 
 @triton.jit
@@ -49,22 +50,11 @@ def conv_rolling(
     column_blocks = tl.cdiv(K, BN)
     first = tl.program_id(0) // column_blocks * ROWS
     k0 = tl.program_id(0) % column_blocks * BN
-    across = tl.cdiv(Q, TW)
-    h = first % (P + 1) - 1
-    q0 = first // (P + 1) % across * TW
-    n0 = first // (P + 1) // across * TN
+    n0, h, q0 = strip_origin(first, P, Q, TN, TW)
     k = k0 + tl.arange(0, BN)
     filters = w + k[:, None] * (9 * C) + tl.arange(0, C)[None, :]
     inside = (k < K)[:, None]
-    w00 = tl.load(filters, inside, 0.0)
-    w01 = tl.load(filters + C, inside, 0.0)
-    w02 = tl.load(filters + 2 * C, inside, 0.0)
-    w10 = tl.load(filters + 3 * C, inside, 0.0)
-    w11 = tl.load(filters + 4 * C, inside, 0.0)
-    w12 = tl.load(filters + 5 * C, inside, 0.0)
-    w20 = tl.load(filters + 6 * C, inside, 0.0)
-    w21 = tl.load(filters + 7 * C, inside, 0.0)
-    w22 = tl.load(filters + 8 * C, inside, 0.0)
+    w00, w01, w02, w10, w11, w12, w20, w21, w22 = nine_taps(filters, inside, C)
     scale, shift = bn_scale_shift(k, K, bias, gamma, beta, mean, var, eps)
     if residual is not None:
         image, column = tl.arange(0, BM) // TW, tl.arange(0, BM) % TW
@@ -97,11 +87,7 @@ def conv_rolling(
             y.store([n0, h - 1, q0, k0], out.to(y.dtype).reshape(TN, 1, TW, BN))
         if residual is not None:
             added = following
-        bottom = h == P
-        h = tl.where(bottom, 0, h + 1)
-        q0 = tl.where(bottom, q0 + TW, q0)
-        n0 = tl.where(q0 < Q, n0, n0 + TN)
-        q0 = tl.where(q0 < Q, q0, 0)
+        n0, h, q0 = next_row(n0, h, q0, P, Q, TN, TW)
 
 
 def launch_conv_rolling(

@@ -39,6 +39,7 @@ from .geometry import ConvShape, cdiv
 from .launch import count
 from .moments import from_pivot, quotient
 from .prologue import Normalised, affine
+from .tiles import next_row, nine_taps, strip_origin
 
 
 @triton.jit
@@ -84,22 +85,11 @@ def conv_stats_rolling(
     part = tl.program_id(0) // column_blocks
     k0 = tl.program_id(0) % column_blocks * BN
     first = part * ROWS
-    across = tl.cdiv(Q, TW)
-    row = first % (P + 1) - 1
-    q0 = first // (P + 1) % across * TW
-    n0 = first // (P + 1) // across * TN
+    n0, row, q0 = strip_origin(first, P, Q, TN, TW)
     k = k0 + tl.arange(0, BN)
     filters = w + k[:, None] * (9 * C) + tl.arange(0, C)[None, :]
     inside = (k < K)[:, None]
-    w00 = tl.load(filters, inside, 0.0)
-    w01 = tl.load(filters + C, inside, 0.0)
-    w02 = tl.load(filters + 2 * C, inside, 0.0)
-    w10 = tl.load(filters + 3 * C, inside, 0.0)
-    w11 = tl.load(filters + 4 * C, inside, 0.0)
-    w12 = tl.load(filters + 5 * C, inside, 0.0)
-    w20 = tl.load(filters + 6 * C, inside, 0.0)
-    w21 = tl.load(filters + 7 * C, inside, 0.0)
-    w22 = tl.load(filters + 8 * C, inside, 0.0)
+    w00, w01, w02, w10, w11, w12, w20, w21, w22 = nine_taps(filters, inside, C)
     scales = None
     shifts = None
     if scale is not None:
@@ -141,11 +131,7 @@ def conv_stats_rolling(
                 upper, lower = tl.split(deviation.reshape(BM // 16, 2, 8, BN).permute(0, 2, 3, 1))
                 total += upper + lower
                 squares = tl.fma(upper, upper, tl.fma(lower, lower, squares))
-        bottom = row == P
-        row = tl.where(bottom, 0, row + 1)
-        q0 = tl.where(bottom, q0 + TW, q0)
-        n0 = tl.where(q0 < Q, n0, n0 + TN)
-        q0 = tl.where(q0 < Q, q0, 0)
+        n0, row, q0 = next_row(n0, row, q0, P, Q, TN, TW)
     if parts is not None:
         totals = tl.sum(total.reshape(BM // 2, BN), 0)
         mean, m2 = from_pivot(number, pivot, totals, tl.sum(squares.reshape(BM // 2, BN), 0))

@@ -25,6 +25,7 @@ from .conv_rolling import column_taps
 from .geometry import ConvShape, cdiv
 from .launch import count
 from .prologue import affine
+from .tiles import next_row, nine_taps, strip_origin
 
 
 @triton.jit(do_not_specialize=["ROWS"])
@@ -38,22 +39,11 @@ def dgrad_rolling(
     part = tl.program_id(0) // column_blocks
     c0 = tl.program_id(0) % column_blocks * BN
     first = part * ROWS
-    across = tl.cdiv(W, TW)
-    row = first % (H + 1) - 1
-    w0 = first // (H + 1) % across * TW
-    n0 = first // (H + 1) // across * TN
+    n0, row, w0 = strip_origin(first, H, W, TN, TW)
     c = c0 + tl.arange(0, BN)
     filters = w + tl.arange(0, K)[None, :] * (9 * C) + c[:, None]
     inside = (c < C)[:, None]
-    w00 = tl.load(filters, inside, 0.0)
-    w01 = tl.load(filters + C, inside, 0.0)
-    w02 = tl.load(filters + 2 * C, inside, 0.0)
-    w10 = tl.load(filters + 3 * C, inside, 0.0)
-    w11 = tl.load(filters + 4 * C, inside, 0.0)
-    w12 = tl.load(filters + 5 * C, inside, 0.0)
-    w20 = tl.load(filters + 6 * C, inside, 0.0)
-    w21 = tl.load(filters + 7 * C, inside, 0.0)
-    w22 = tl.load(filters + 8 * C, inside, 0.0)
+    w00, w01, w02, w10, w11, w12, w20, w21, w22 = nine_taps(filters, inside, C)
     if scale is not None:
         scales = tl.load(scale + c, mask=c < C, other=0.0)[None, None, :]
         shifts = tl.load(shift + c, mask=c < C, other=0.0)[None, None, :]
@@ -113,11 +103,7 @@ def dgrad_rolling(
             m = next_m
         if residual is not None:
             added = next_added
-        bottom = row == H
-        row = tl.where(bottom, 0, row + 1)
-        w0 = tl.where(bottom, w0 + TW, w0)
-        n0 = tl.where(w0 < W, n0, n0 + TN)
-        w0 = tl.where(w0 < W, w0, 0)
+        n0, row, w0 = next_row(n0, row, w0, H, W, TN, TW)
     if parts is not None:
         parts += part * 2 * C + c
         tl.store(parts, tl.sum(sums.reshape(BM // 2, BN), 0), mask=c < C)
