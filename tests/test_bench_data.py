@@ -16,7 +16,7 @@ from safetensors import safe_open
 import resnet_triton.models
 from bench import data, train_mnist5k
 
-WEIGHTS = Path(resnet_triton.models.__file__).parent / "data" / "cifar_resnet20_mnist5k.safetensors"
+WEIGHTS = Path(resnet_triton.__file__).parent / "data" / "cifar_resnet20_mnist5k.safetensors"
 
 
 def test_mnist5k_split_is_stratified_disjoint_and_fixed() -> None:

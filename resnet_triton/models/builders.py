@@ -1,0 +1,148 @@
+"""Functions that build a network and return it converted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+from .blocks import BasicBlock, Bottleneck
+from .cifar import CifarResNet
+from .imagenet import ResNet
+
+#: What ``weights=`` of a builder accepts; see :func:`resnet_triton.weights.load_weights`. ``Any`` stands for
+#: a member of a torchvision weights enum, which cannot be named without importing torchvision.
+Weights = str | PathLike[str] | Mapping[str, Any] | Any | None
+
+
+class Builder(Protocol):
+    """A function that builds one converted network; arguments as :func:`resnet18`."""
+
+    __name__: str
+
+    def __call__(self, *, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet: ...
+
+
+def _builder(
+    name: str, size: str, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, int, int, int], **fixed: int
+) -> Builder:
+    """The public function ``name``; arguments in ``fixed`` belong to the architecture."""
+
+    def build(*, weights: Weights = None, progress: bool = True, **kwargs: Any) -> ResNet:
+        for parameter, value in fixed.items():
+            if kwargs.setdefault(parameter, value) != value:
+                raise ValueError(
+                    f"The parameter '{parameter}' expected value {value} but got {kwargs[parameter]} instead: "
+                    f"it makes the network a {name}. Leave it out, or build another network."
+                )
+        return _resnet(block, layers, weights, progress, kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"``{name}``, converted: {size} at 224 px.\n{_ARGUMENTS}"
+    return build
+
+
+_ARGUMENTS = """
+    Args:
+        weights: None for random ones; a torchvision weights enum member or its name (``"DEFAULT"``), which
+            downloads; a state_dict; the path of a ``.pth``, ``.pt`` or ``.safetensors`` file.
+        progress: show the progress of a download.
+        **kwargs: arguments of :class:`ResNet`. ``num_classes`` follows named weights.
+
+    Raises:
+        ValueError, FileNotFoundError: for ``weights`` that cannot be loaded, see
+            :mod:`resnet_triton.weights`; for arguments that :class:`ResNet` or the architecture refuses.
+    """
+
+resnet18 = _builder("resnet18", "11.7 M parameters, 1.8 GMAC", BasicBlock, (2, 2, 2, 2))
+resnet34 = _builder("resnet34", "21.8 M parameters, 3.7 GMAC", BasicBlock, (3, 4, 6, 3))
+resnet50 = _builder("resnet50", "25.6 M parameters, 4.1 GMAC", Bottleneck, (3, 4, 6, 3))
+resnet101 = _builder("resnet101", "44.5 M parameters, 7.8 GMAC", Bottleneck, (3, 4, 23, 3))
+resnet152 = _builder("resnet152", "60.2 M parameters, 11.5 GMAC", Bottleneck, (3, 8, 36, 3))
+wide_resnet50_2 = _builder(
+    "wide_resnet50_2", "68.9 M parameters, 11.4 GMAC", Bottleneck, (3, 4, 6, 3), width_per_group=128
+)
+wide_resnet101_2 = _builder(
+    "wide_resnet101_2", "126.9 M parameters, 22.8 GMAC", Bottleneck, (3, 4, 23, 3), width_per_group=128
+)
+# The grouped 3x3 convolutions, and so the blocks, of a ResNeXt run on PyTorch's operators; its stem and head run fused.
+resnext50_32x4d = _builder(
+    "resnext50_32x4d", "25.0 M parameters, 4.2 GMAC", Bottleneck, (3, 4, 6, 3), groups=32, width_per_group=4
+)
+resnext101_32x8d = _builder(
+    "resnext101_32x8d", "88.8 M parameters, 16.4 GMAC", Bottleneck, (3, 4, 23, 3), groups=32, width_per_group=8
+)
+resnext101_64x4d = _builder(
+    "resnext101_64x4d", "83.5 M parameters, 15.5 GMAC", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4
+)
+
+#: The ImageNet networks, by name.
+BUILDERS: dict[str, Builder] = {
+    build.__name__: build
+    for build in (
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        wide_resnet50_2,
+        wide_resnet101_2,
+        resnext50_32x4d,
+        resnext101_32x8d,
+        resnext101_64x4d,
+    )
+}
+
+
+def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, *, weights: Weights = None) -> CifarResNet:
+    """A CIFAR ResNet of ``depth`` = 6n+2 layers, converted; ``weights`` is None, a state_dict or a path.
+
+    Raises:
+        ValueError: for another depth.
+        ValueError, FileNotFoundError: for ``weights`` that cannot be loaded, see
+            :mod:`resnet_triton.weights`.
+    """
+    model = CifarResNet(depth, num_classes, in_channels)
+    return _finish(model, weights)
+
+
+def mnist5k_resnet20() -> CifarResNet:
+    """The CIFAR ResNet-20 shipped with this package, converted, in eval mode.
+
+    ``bench/train_mnist5k.py`` trained it on 4000 real MNIST images; the file's metadata has its accuracy.
+    Input: ``[N, 1, 28, 28]`` grey images with ink 1 on 0, minus 0.1307, divided by 0.3081.
+    """
+    path = Path(__file__).parents[1] / "data" / "cifar_resnet20_mnist5k.safetensors"
+    return cifar_resnet(20, in_channels=1, weights=path).eval()
+
+
+def _resnet(
+    block: type[BasicBlock] | type[Bottleneck],
+    layers: tuple[int, int, int, int],
+    weights: Weights,
+    progress: bool,
+    kwargs: dict[str, Any],
+) -> ResNet:
+    from ..weights import ENUMS, named_weights
+
+    shape = (block is Bottleneck, layers, kwargs.get("groups", 1), kwargs.get("width_per_group", 64))
+    named = named_weights(ENUMS.get(shape), weights)
+    if named is not None:
+        weights = named
+        classes = len(named.meta["categories"])
+        if kwargs.setdefault("num_classes", classes) != classes:
+            raise ValueError(
+                f"The parameter 'num_classes' expected value {classes} but got {kwargs['num_classes']} "
+                f"instead: weights={named!r} has {classes} classes. Leave num_classes out, and replace "
+                "model.fc afterwards."
+            )
+    return _finish(ResNet(block, layers, **kwargs), weights, progress)
+
+
+def _finish(model: Any, weights: Weights, progress: bool = True) -> Any:
+    from ..convert import convert
+    from ..weights import load_weights
+
+    load_weights(model, weights, progress=progress)
+    return convert(model, inplace=True)
