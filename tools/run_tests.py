@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", *paths, "--benchmark-disable", f"--junitxml={report}"]
         # One worker is slower than none.
-        command += ["-n", str(options.jobs), "--dist", "loadgroup"] if options.jobs > 1 else []
+        command += ["-n", str(options.jobs)] if options.jobs > 1 else []
         print(f"== {name}: pytest {' '.join(command[3:])} {' '.join(options.pytest_args)}".rstrip(), flush=True)
         group_start = time.monotonic()
         code = subprocess.call(command + options.pytest_args, env=environment(options.jobs, overrides))
