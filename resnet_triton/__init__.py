@@ -24,12 +24,15 @@ from .models import (
     wide_resnet101_2,
 )
 from .registry import register
+from .transfer import features, freeze, unfreeze
 
 __all__ = [
     "__version__",
     "convert",
     "explain",
+    "features",
     "fold",
+    "freeze",
     "functional",
     "graph",
     "images",
@@ -44,6 +47,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "unconvert",
+    "unfreeze",
     "use_backend",
     "wide_resnet50_2",
     "wide_resnet101_2",

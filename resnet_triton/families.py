@@ -132,6 +132,7 @@ FAMILIES = (
     Family("block", _TORCHVISION, "BasicBlock", _BLOCK, structure.BASIC),
     Family("block", _TORCHVISION, "Bottleneck", _BLOCK, structure.BOTTLENECK),
     Family("container", _TORCHVISION, "ResNet", _RESNET, structure.IMAGENET),
+    Family("getter", "resnet_triton.transfer", "Features", {"forward": _layer_getter}),
     Family("getter", "torchvision.models._utils", "IntermediateLayerGetter", {"forward": _layer_getter}),
     Family("block", _TIMM, "BasicBlock", _BLOCK, structure.TIMM_BASIC),
     Family("block", _TIMM, "Bottleneck", _BLOCK, structure.TIMM_BOTTLENECK),

@@ -119,6 +119,9 @@ def block_tail(
         ``(y, t_next)``: the block's output and ``relu(bn(conv(y)))`` of ``next`` (None without it).
     """
     t, shortcut, groups, eps, geometry = _operands(t, shortcut, (conv2, conv3, downsample, next))
+    if next is not None and _learns_alone(next, (t, shortcut, *chain(*groups[:3]))):
+        y, _ = block_tail(t, shortcut, conv2, conv3, downsample=downsample)
+        return y[:, :, ::subsample, ::subsample], _behind(y, next)
     if _differentiating((t, shortcut, *chain(*groups))):  # the backward needs all of y
         first, second, *rest = distinct((t, shortcut, *chain(*groups)))
         y, *after = autograd.BlockTail.apply(first, second, [len(g) for g in groups], eps, geometry, *rest)
@@ -158,19 +161,25 @@ def block_and_next(
     """
     units = (conv1, conv2, conv3, downsample, next)
     if _differentiating((x, *chain(*(unit.tensors for unit in units if unit is not None)))):
-        t = conv_bn_act(
-            x,
-            conv1.weight,
-            *conv1.vectors,
-            eps=conv1.eps,
-            stride=conv1.stride,
-            padding=conv1.padding,
-            dilation=conv1.dilation,
+        return block_tail(
+            _behind(x, conv1), x, conv2, conv3, downsample=downsample, next=next, subsample=subsample, pool=pool
         )
-        return block_tail(t, x, conv2, conv3, downsample=downsample, next=next, subsample=subsample, pool=pool)
     x, _, groups, eps, geometry = _operands(x, x, units)
     y, *after = ops.bottleneck.default(x, *groups, eps, geometry, subsample, pool)
     return y, (after[0] if next is not None else None)
+
+
+def _learns_alone(next: ConvBN, others: Sequence[Tensor | None]) -> bool:
+    """Whether a frozen block is before one that learns: as one operator, its inputs would be kept for no backward."""
+    return _differentiating(next.tensors) and not _differentiating(others)
+
+
+def _tensors(units: Sequence[ConvBN | None]) -> list[Tensor | None]:
+    return [t for u in units if u is not None for t in u.tensors]
+
+
+def _behind(x: Tensor, u: ConvBN) -> Tensor:
+    return conv_bn_act(x, u.weight, *u.vectors, eps=u.eps, stride=u.stride, padding=u.padding, dilation=u.dilation)
 
 
 def stem(
