@@ -1,11 +1,13 @@
 """Loading weights into a model: by torchvision's names, from a state_dict, or from a file.
 
 Everything is read and checked before the first value is copied, so an error leaves the model as it was.
-Files are never allowed to run code: pickles are read with ``weights_only=True``.
+Files are never allowed to run code: pickles are read with ``weights_only=True``. What was found in a checkpoint and
+what was renamed is returned, and logged by ``resnet_triton.weights`` where it is more than tensors under our names.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
@@ -18,7 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EXTENSIONS = (".pth", ".pt", ".safetensors")
+from .checkpoints import COUNTER, Report, cifar_network, read
+
+logger = logging.getLogger("resnet_triton.weights")
+
+#: What torch.save's files are called, and safetensors.
+EXTENSIONS = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".t7", ".safetensors")
 
 #: An archive that unpacks to more than this multiple of its size was not written by torch.save, which packs nothing.
 MAX_EXPANSION = 4
@@ -37,10 +44,6 @@ ENUMS = {
     (True, (3, 4, 23, 3), 1, 128): "Wide_ResNet101_2_Weights",
 }
 
-#: Keys under which training scripts wrap a state_dict, and prefixes that wrapped models put before its names.
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
-
 
 class _NamedWeightsError(ValueError, TypeError, KeyError):
     """A ValueError that code written for torchvision catches too: there it is a TypeError or a KeyError."""
@@ -48,7 +51,7 @@ class _NamedWeightsError(ValueError, TypeError, KeyError):
     __str__ = ValueError.__str__
 
 
-def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> None:
+def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> Report | None:
     """Copy weights into a model, all of them or, on an error, none.
 
     Args:
@@ -57,10 +60,14 @@ def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> No
 
             - a member of a torchvision weights enum, or its name (``"IMAGENET1K_V2"``,
               ``"ResNet50_Weights.DEFAULT"``, ``"DEFAULT"``): downloaded and cached by torch.hub;
-            - a state_dict, also one wrapped as ``{"state_dict": ...}`` or ``{"model": ...}`` and one whose
-              names start with ``module.`` or ``_orig_mod.``;
-            - the path of such a state_dict: ``.pth`` or ``.pt`` (saved on any device) or ``.safetensors``.
+            - a state_dict, also one under a key such as ``"state_dict"`` or ``"model"``, one whose names start
+              with ``module.`` or ``_orig_mod.``, and one in the names of a :class:`~resnet_triton.checkpoints.Family`;
+            - the path of such a state_dict: a file of ``torch.save`` (``.pth``, ``.pt``, ``.th``, ``.pth.tar``,
+              ``.bin``, ``.ckpt``, ``.t7``; saved on any device) or ``.safetensors``.
         progress: show the progress of a download.
+
+    Returns:
+        What was found and renamed; None where ``weights`` is None.
 
     Raises:
         FileNotFoundError: no file at the path.
@@ -71,16 +78,56 @@ def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> No
         OSError: a download or a file that cannot be read.
     """
     if weights is None:
-        return
+        return None
     named = named_weights(_enum_name(model), weights)
     if named is not None:
         state, source = _download(named, progress), repr(named)
-    elif isinstance(weights, Mapping):
-        state, source = weights, "the state_dict"
     else:
-        state, source = _read(Path(weights).expanduser()), repr(os.fspath(weights))
+        state, source = _state(weights)
     target = model.state_dict()
-    model.load_state_dict(_checked(_unwrapped(state, target, source), target, source, type(model).__name__))
+    report = read(state, source, target)
+    model.load_state_dict(_checked(report, target, type(model).__name__))
+    logger.log(logging.INFO if report.mapped else logging.DEBUG, "weights: %s", report)
+    zeros, shortcut = report.family and report.family.zeros, getattr(model, "shortcut", None)
+    if zeros and shortcut in ("A", "A-both") and shortcut != zeros:
+        logger.warning(
+            "weights: %s has the names of %s, whose networks have shortcut=%r, but this model has shortcut=%r: its "
+            "outputs will differ. Build it with cifar_resnet(depth, weights=...), which takes what the file needs.",
+            source, report.family and report.family.name, zeros, shortcut,
+        )  # fmt: skip
+    return report
+
+
+def inspect(weights: Any) -> Report:
+    """What a checkpoint holds, without a model: its tensors under our names, whose names they were, which network.
+
+    Args:
+        weights: the path of a file, or a state_dict, as :func:`load_weights` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: for a file that cannot be read, as :func:`load_weights`.
+    """
+    return read(*_state(weights))
+
+
+def shortcut_of(state: Mapping[str, Any]) -> str:
+    """The ``shortcut`` that :class:`~resnet_triton.models.CifarResNet` needs for a state_dict: ``"A"``, ``"A-both"``,
+    ``"B"`` or ``"C"``.
+
+    The sides of the zeros follow from the naming (see :class:`~resnet_triton.checkpoints.Family`), for no value in the
+    file depends on them. Plain nets have the tensors of option A.
+
+    Raises:
+        ValueError: for a state_dict of another network.
+    """
+    return cifar_network(read(state, "the state_dict")).shortcut
+
+
+def _state(weights: Any) -> tuple[Any, str]:
+    """What a path or a state_dict holds, and its name in messages."""
+    if isinstance(weights, Mapping):
+        return weights, "the state_dict"
+    return _read(Path(weights).expanduser()), repr(os.fspath(weights))
 
 
 def named_weights(enum: str | None, weights: Any) -> Any | None:
@@ -141,6 +188,8 @@ def _is_name(text: str) -> bool:
 
 def _enum_name(model: nn.Module) -> str | None:
     """Name of torchvision's weights enum for a model, or None."""
+    if not getattr(model, "is_torchvisions", True):  # another shortcut, stride or pool, under the same names
+        return None
     stages = [getattr(model, f"layer{i}", None) for i in (1, 2, 3, 4)]
     if not all(isinstance(stage, nn.Sequential) and len(stage) for stage in stages):
         return None
@@ -229,33 +278,11 @@ def _corrupt(path: Path, error: Exception) -> ValueError:
     )
 
 
-def _unwrapped(state: Any, target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The names and tensors inside a checkpoint, without what a training script put around them."""
-    for key in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    came = type(state).__name__
-    if isinstance(state, Mapping):
-        pairs = ((k, v) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor)))
-        came = next((f"{type(v).__name__} under {k!r}" for k, v in pairs), "")
-    if came:
-        raise ValueError(
-            f"weights: {source} holds {came}; allowed: a state_dict (names and tensors), or one under "
-            f"{' or '.join(map(repr, _WRAPPERS))}"
-        )
-    names = dict(state)
-    # Two rounds: a compiled model inside DDP has both prefixes, in either order.
-    for prefix in _PREFIXES * 2:
-        wrapped = names and all(key.startswith(prefix) for key in names)
-        if wrapped and not all(key.startswith(prefix) for key in target):
-            names = {key.removeprefix(prefix): value for key, value in names.items()}
-    return names
-
-
-def _checked(state: dict[str, Tensor], target: Mapping[str, Tensor], source: str, model: str) -> Mapping[str, Tensor]:
+def _checked(report: Report, target: Mapping[str, Tensor], model: str) -> Mapping[str, Tensor]:
     """A state_dict with the keys, shapes and kinds of ``target``, or a ValueError that says why not."""
+    state, source = report.state, report.source
     # num_batches_tracked came to BN late: older checkpoints have none at all, nor has FrozenBatchNorm2d.
-    ours, theirs = ({key for key in d if key.endswith("num_batches_tracked")} for d in (target, state))
+    ours, theirs = ({key for key in d if key.endswith(COUNTER)} for d in (target, state))
     if not theirs:
         state = {**state, **{key: target[key] for key in ours}}
     if not ours:
@@ -288,7 +315,8 @@ def _checked(state: dict[str, Tensor], target: Mapping[str, Tensor], source: str
     hint = "Build the model with the checkpoint's depth, groups and width"
     if any(problem.startswith("fc.weight") for problem in shapes) and state["fc.weight"].dim() == 2:
         hint += f" and with num_classes={len(state['fc.weight'])}"
-    raise ValueError(f"weights: {source} does not fit {model}: {'; '.join(problems)}. {hint}.")
+    holds = f"It holds {report.network}. " if report.network else ""
+    raise ValueError(f"weights: {source} does not fit {model}: {'; '.join(problems)}. {holds}{hint}.")
 
 
 def _check_finite(state: Mapping[str, Tensor], source: str) -> None:
