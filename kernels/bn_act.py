@@ -1,8 +1,9 @@
-"""Everything behind a library's convolution in one elementwise pass, in place: bias, BN, shortcut and ReLU.
+"""Everything between two convolutions in one elementwise pass: bias, BN, shortcut and ReLU.
 
-    y[m, k] = relu((y[m, k] + bias[k]) * scale[k] + shift[k] + residual[m, k])     in fp32, rounded once
+    y[m, k] = relu((x[m, k] + bias[k]) * scale[k] + shift[k] + residual[m, k])     in fp32, rounded once
 
-PyTorch's own operators make a pass each. This one is for convolutions whose products the library computes faster.
+PyTorch's own operators make a pass each. This one is for convolutions whose products the library computes faster, where
+it works in place, and for the BN and ReLU in front of a pre-activation block.
 """
 
 import torch
@@ -19,7 +20,7 @@ ROWS = 32
 
 @triton.jit
 def bn_act(
-    y, residual, bias, gamma, beta, mean, var, eps, M, K: tl.constexpr, RELU: tl.constexpr, BM: tl.constexpr,
+    x, y, residual, bias, gamma, beta, mean, var, eps, M, K: tl.constexpr, RELU: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """BM pixels times BN channels of a dense ``[M, K]``."""
@@ -31,7 +32,7 @@ def bn_act(
     inside = (row < M - m)[:, None] & (k < K)[None, :]
     start = m.to(tl.int64) * K  # one 64-bit scalar; the lanes stay 32-bit
     offset = row[:, None] * K + k[None, :]
-    out = tl.load(y + start + offset, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    out = tl.load(x + start + offset, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
     if residual is not None:
         out += tl.load(residual + start + offset, mask=inside, other=0.0).to(tl.float32)
     if RELU:
@@ -39,8 +40,14 @@ def bn_act(
     tl.store(y + start + offset, out.to(y.dtype.element_ty), mask=inside)
 
 
-def launch_bn_act(y: torch.Tensor, operands: Operands) -> None:
-    """Launches :func:`bn_act` on ``y [N,P,Q,K]``, dense, in place; the residual has its shape, dtype and layout."""
+def launch_bn_act(y: torch.Tensor, operands: Operands, x: torch.Tensor | None = None) -> None:
+    """Launches :func:`bn_act` on ``x``, or in place.
+
+    Args:
+        y: ``[N,P,Q,K]``, dense.
+        operands: what to apply; the residual has the shape, dtype and layout of ``y``.
+        x: as ``y``, or None for ``y`` itself.
+    """
     k = y.shape[-1]
     m = y.numel() // max(1, k)
     if m == 0:
@@ -48,5 +55,6 @@ def launch_bn_act(y: torch.Tensor, operands: Operands) -> None:
     bn = min(128, max(16, next_power_of_two(k)))
     count("bn_act")
     bn_act[(cdiv(m, ROWS) * cdiv(k, bn),)](
-        y, operands.residual, *operands.vectors, m, K=k, RELU=operands.relu, BM=ROWS, BN=bn, num_warps=4
-    )
+        y if x is None else x, y, operands.residual, *operands.vectors, m,
+        K=k, RELU=operands.relu, BM=ROWS, BN=bn, num_warps=4,
+    )  # fmt: skip

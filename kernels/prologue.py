@@ -16,6 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .epilogue import bn_scale_shift
+from .geometry import cdiv
+from .launch import count
+
+#: Of a program of :func:`bn_vectors`.
+CHANNELS = 128
+
 
 @dataclass(frozen=True)
 class Normalised:
@@ -55,3 +62,28 @@ def bn_relu(c, scale, shift):
 def bn_backward_of(dz, c, g1, g2, g3):
     """``g1 * dz + g2 + g3 * c`` in fp32, rounded to the dtype of ``dz``; the vectors broadcast against ``dz``."""
     return tl.fma(dz.to(tl.float32), g1, tl.fma(c.to(tl.float32), g3, g2)).to(dz.dtype)
+
+
+@triton.jit
+def bn_vectors(gamma, beta, mean, var, eps, scale, shift, C, BC: tl.constexpr):
+    """BC channels of ``scale`` and ``shift``, dense fp32 ``[C]``, of a BN with constant statistics."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    a, b = bn_scale_shift(c, C, None, gamma, beta, mean, var, tl.cast(eps, tl.float32))
+    tl.store(scale + c, a, mask=c < C)
+    tl.store(shift + c, b, mask=c < C)
+
+
+def launch_bn_vectors(
+    gamma: torch.Tensor | None, beta: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, eps: float
+) -> Normalised:
+    """The scale and shift by which convolutions normalise what they load, of a BN with constant statistics.
+
+    Args:
+        gamma, beta, mean, var: ``[C]`` dense, of any float dtype; gamma and beta may be None (1 and 0).
+        eps: added to the variance.
+    """
+    c = mean.shape[0]
+    out = torch.empty(2, c, dtype=torch.float32, device=mean.device)
+    count("bn_vectors")
+    bn_vectors[(cdiv(c, CHANNELS),)](gamma, beta, mean, var, eps, out[0], out[1], c, BC=CHANNELS, num_warps=4)
+    return Normalised(out[0], out[1])
