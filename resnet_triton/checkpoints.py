@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -260,6 +260,32 @@ def cifar_network(report: Report) -> CifarNetwork:
     return CifarNetwork(depth, state["fc.weight"].shape[0], state["conv1.weight"].shape[1], shortcut)
 
 
+def cifar_arguments(
+    report: Report,
+    depth: int,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    shortcut: str | None = None,
+) -> CifarNetwork:
+    """The arguments of a caller, with what the checkpoint says in place of None.
+
+    Raises:
+        ValueError: where both say something, and not the same; where the checkpoint holds another network.
+    """
+    network = cifar_network(report)
+    for name, given in (("depth", depth), ("num_classes", num_classes), ("in_channels", in_channels)):
+        if given is not None and given != getattr(network, name):
+            raise ValueError(f"{name}={given!r}, but weights: {report.source} holds {network}")
+    # Between the sides of the zeros, and no shortcut at all, the file cannot decide: the caller may know better.
+    if shortcut not in (None, network.shortcut) and {"B", "C"} & {shortcut, network.shortcut}:
+        has = {"B": "projections where the width changes", "C": "a projection in every block"}
+        raise ValueError(
+            f"shortcut={shortcut!r}, but weights: {report.source} has {has.get(network.shortcut, 'no projections')}: "
+            f"leave shortcut out, or pass shortcut={network.shortcut!r}"
+        )
+    return replace(network, shortcut=shortcut or network.shortcut)
+
+
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return tuple(state[name].shape) if name in state else ()
 
@@ -275,7 +301,8 @@ def _in_words(state: Mapping[str, Tensor]) -> str | None:
     if not stages or len(stem) != 4:
         return None
     block = "bottlenecks" if "layer1.0.conv3.weight" in state else "basic blocks"
-    kind = "pre-activation ResNet" if _is_preact(state) else "ResNet"
+    folded = "layer1.0.bn1.weight" not in state
+    kind = "folded ResNet" if folded else "pre-activation ResNet" if _is_preact(state) else "ResNet"
     classes = f", {head[0]} classes" if len(head) == 2 else ""
     return f"a {kind} of {', '.join(map(str, stages))} {block} (stem {stem[2]}x{stem[3]}, {stem[0]} filters{classes})"
 
@@ -287,6 +314,8 @@ def _is_preact(state: Mapping[str, Tensor]) -> bool:
 def _way_out(state: Mapping[str, Tensor]) -> str:
     if _is_preact(state):
         return "For pre-activation networks call preact_cifar_resnet."
+    if _stages(state) and "layer1.0.bn1.weight" not in state:
+        return "What `resnet-triton fold` wrote is read by resnet_triton.sources.load_model."
     if _shape(state, "conv1.weight")[2:] == (7, 7):
         return "For the ImageNet networks call resnet18, resnet34, resnet50, resnet101 or resnet152."
     return "Build it with the code that trained it, load the file there, and pass the model to resnet_triton.convert."
