@@ -70,7 +70,7 @@ def train(epochs: int, seed: int, batch: int = 128, peak: float = 0.1) -> nn.Mod
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images, labels = mnist5k(train=True)
-    model = CifarResNet(20, num_classes=10, in_channels=1)
+    model = CifarResNet(20, num_classes=10, in_channels=1, shortcut="B")
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # As the paper and unlike later recipes: weight decay on every parameter.
     optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, weight_decay=1e-4)
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     model = train(args.epochs, args.seed)
     test = accuracy(model, *mnist5k(train=False))
     metadata = {
-        "model": "resnet_triton.models.CifarResNet(20, num_classes=10, in_channels=1)",
+        "model": "resnet_triton.models.CifarResNet(20, num_classes=10, in_channels=1, shortcut='B')",
         "test_accuracy": f"{test:.4f}",
         "train_images": "4000",
         "test_images": "1000",

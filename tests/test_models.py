@@ -16,7 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 import resnet_triton
 from resnet_triton import models
-from resnet_triton.models import BasicBlock, Bottleneck, CifarResNet, ResNet
+from resnet_triton.models import BasicBlock, Bottleneck, CifarResNet, PlainBlock, ResNet, ZeroPad
 from resnet_triton.weights import _enum_name, named_weights
 from tests import comparers
 
@@ -155,7 +155,9 @@ def test_gradients_equal_torchvisions() -> None:
 def test_signatures_are_torchvisions() -> None:
     for ours, theirs in ((ResNet, tv.ResNet), (BasicBlock, tv.BasicBlock), (Bottleneck, tv.Bottleneck)):
         a, b = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
-        assert [(p.name, p.kind, p.default) for p in a.values()] == [(p.name, p.kind, p.default) for p in b.values()]
+        theirs = [(p.name, p.kind, p.default) for p in b.values()]
+        assert [(p.name, p.kind, p.default) for p in a.values()][: len(theirs)] == theirs
+        assert all(p.kind is p.KEYWORD_ONLY for p in list(a.values())[len(theirs) :])
     for name, build in models.BUILDERS.items():
         assert build is getattr(resnet_triton, name) and build.__name__ == name
         assert build.__doc__ and "weights:" in build.__doc__
@@ -237,14 +239,15 @@ def test_torchscript_fx_and_export_of_the_plain_model(block) -> None:
     ) == block.expansion // 4 + 2
 
 
-@pytest.mark.parametrize(("depth", "parameters"), [(8, 78_042), (20, 272_474), (32, 466_906), (56, 855_770)])
-def test_cifar_resnet(depth: int, parameters: int) -> None:
-    model = CifarResNet(depth).eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
+@pytest.mark.parametrize(("depth", "shortcut"), [(8, "A"), (20, "B"), (20, "C"), (20, "A-both"), (32, "none")])
+def test_cifar_resnet(depth: int, shortcut: str) -> None:
+    model = CifarResNet(depth, shortcut=shortcut).eval()
     main_path = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "downsample" not in n]
     assert len(main_path) == depth
     shortcuts = [n for n, m in model.named_modules() if n.endswith("downsample")]
-    assert shortcuts == ["layer2.0.downsample", "layer3.0.downsample"]
+    blocks = [f"layer{k}.{i}.downsample" for k in (1, 2, 3) for i in range((depth - 2) // 6)]
+    where_sizes_change = ["layer2.0.downsample", "layer3.0.downsample"]
+    assert shortcuts == {"C": blocks, "none": []}.get(shortcut, where_sizes_change)
     x = images(size=32)
     sizes = {}
     for name in ("layer1", "layer2", "layer3"):
@@ -271,3 +274,81 @@ def test_cifar_resnet_converted_agrees_with_the_plain_one() -> None:
 def test_cifar_resnet_refuses_other_depths(depth) -> None:
     with pytest.raises(ValueError, match=r"depth must be 6n\+2.*got"):
         models.cifar_resnet(depth)
+
+
+def test_zeros_come_behind_the_channels_or_on_both_sides() -> None:
+    """As fb.resnet.torch's and akamaster's networks do: the weights of the two are not interchangeable."""
+    x = images(channels=4, size=5)
+    behind, both = ZeroPad(4, 8, 2)(x), ZeroPad(4, 8, 2, both=True)(x)
+    assert behind.shape == both.shape == (2, 8, 3, 3)
+    pixels = x[:, :, ::2, ::2]
+    assert torch.equal(behind[:, :4], pixels) and not behind[:, 4:].any()
+    assert torch.equal(both[:, 2:6], pixels) and not both[:, :2].any() and not both[:, 6:].any()
+    assert ZeroPad(4, 8, 2)(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_plain_networks_are_the_residual_ones_without_the_addition() -> None:
+    torch.manual_seed(2)
+    residual = CifarResNet(8, shortcut="A").eval()
+    torch.manual_seed(2)
+    plain = CifarResNet(8, shortcut="none").eval()
+    assert_same_network(nn.ModuleList([plain.conv1, plain.fc]), nn.ModuleList([residual.conv1, residual.fc]))
+    assert list(plain.state_dict()) == list(residual.state_dict())
+    assert {type(m) for m in plain.modules()} & {BasicBlock, PlainBlock, ZeroPad} == {PlainBlock}
+    x = images(channels=16, size=8)
+    block = plain.layer1[0]
+    assert torch.equal(block(x), block.bn2(block.conv2(block.bn1(block.conv1(x)).relu())).relu())
+
+
+def test_first_1x1_takes_the_stride_of_the_papers_networks() -> None:
+    ours, theirs = pair(Bottleneck, [1, 2, 1, 1], num_classes=3)
+    torch.manual_seed(3)
+    v1 = ResNet(Bottleneck, [1, 2, 1, 1], num_classes=3, stride_in_1x1=True, caffe_pool=True, conv1_bias=True)
+    assert [(b.conv1.stride, b.conv2.stride) for b in (v1.layer1[0], v1.layer2[0], v1.layer2[1])] == [
+        ((1, 1), (1, 1)),
+        ((2, 2), (1, 1)),
+        ((1, 1), (1, 1)),
+    ]
+    extra = set(v1.state_dict()) - set(theirs.state_dict())
+    assert extra == {"conv1.bias"} and set(ours.state_dict()) == set(theirs.state_dict())
+    x = torch.arange(36.0).view(1, 1, 6, 6)
+    assert v1.maxpool(x).flatten().tolist() == [14, 16, 17, 26, 28, 29, 32, 34, 35]  # windows from 0, the last cut off
+    assert v1(images(1)).shape == (1, 3)
+
+
+def test_networks_by_name() -> None:
+    with torch.device("meta"):
+        for name, kind in (
+            ("resnet18", ResNet),
+            ("plain18", ResNet),
+            ("resnet20", CifarResNet),
+            ("cifar_resnet8", CifarResNet),
+            ("cifar_plain14", CifarResNet),
+            ("preact_cifar_resnet29", models.PreActCifarResNet),
+        ):
+            assert isinstance(models.build_by_name(name, num_classes=7), kind), name
+        assert models.build_by_name("resnet20").shortcut == "A" == models.build_by_name("cifar_resnet20").shortcut
+        assert models.build_by_name("cifar_plain20").shortcut == "none" == models.build_by_name("plain34").shortcut
+        assert models.build_by_name("resnet18", shortcut="C").shortcut == "C"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: models.build_by_name("resnet19"), r"depth must be 6n\+2"),
+        (lambda: models.build_by_name("plain19"), "'plain19' is not known; did you mean plain18"),
+        (lambda: models.build_by_name("cifar_resnet"), "not known.*cifar_resnetN"),
+        (lambda: models.build_by_name("resnet18", shortcuts="A"), "unexpected keyword argument 'shortcuts'"),
+        (lambda: models.resnet18(shortcut="D"), "shortcut must be one of 'A', 'A-both', 'B', 'C', 'none', got 'D'"),
+        (lambda: models.cifar_resnet(8, shortcut="b"), "shortcut must be one of"),
+        (lambda: models.plain18(shortcut="A"), "'shortcut' expected value none but got A.*makes the network a plain18"),
+        (lambda: models.plain18(zero_init_residual=True), "plain network"),
+        (lambda: models.resnet50(shortcut="none"), "plain network.*got Bottleneck"),
+        (lambda: models.resnet18(stride_in_1x1=True), "stride_in_1x1=True needs Bottleneck.*got BasicBlock"),
+        (lambda: models.resnet50(stride_in_1x1=True, weights="DEFAULT"), "torchvision has no weights for this"),
+        (lambda: models.plain18(weights="DEFAULT"), "torchvision has no weights for this"),
+    ],
+)
+def test_what_the_papers_networks_refuse(build, message: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        build()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from .blocks import BasicBlock, Bottleneck
 from .cifar import CifarResNet
-from .imagenet import ResNet
+from .imagenet import PAPERS, ResNet
 
 #: What ``weights=`` of a builder accepts; see :func:`resnet_triton.weights.load_weights`. ``Any`` stands for
 #: a member of a torchvision weights enum, which cannot be named without importing torchvision.
@@ -25,7 +25,7 @@ class Builder(Protocol):
 
 
 def _builder(
-    name: str, size: str, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, int, int, int], **fixed: int
+    name: str, size: str, block: type[BasicBlock] | type[Bottleneck], layers: tuple[int, int, int, int], **fixed: Any
 ) -> Builder:
     """The public function ``name``; arguments in ``fixed`` belong to the architecture."""
 
@@ -77,7 +77,11 @@ resnext101_64x4d = _builder(
     "resnext101_64x4d", "83.5 M parameters, 15.5 GMAC", Bottleneck, (3, 4, 23, 3), groups=64, width_per_group=4
 )
 
-#: The ImageNet networks, by name.
+# What the paper compares with: the same convolutions without shortcuts, so the parameters of option A.
+plain18 = _builder("plain18", "11.5 M parameters, 1.8 GMAC", BasicBlock, (2, 2, 2, 2), shortcut="none")
+plain34 = _builder("plain34", "21.6 M parameters, 3.6 GMAC", BasicBlock, (3, 4, 6, 3), shortcut="none")
+
+#: torchvision's networks, by name.
 BUILDERS: dict[str, Builder] = {
     build.__name__: build
     for build in (
@@ -95,16 +99,47 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
-def cifar_resnet(depth: int, num_classes: int = 10, in_channels: int = 3, *, weights: Weights = None) -> CifarResNet:
-    """A CIFAR ResNet of ``depth`` = 6n+2 layers, converted; ``weights`` is None, a state_dict or a path.
+def cifar_resnet(
+    depth: int,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    *,
+    weights: Weights = None,
+    shortcut: str | None = None,
+) -> CifarResNet:
+    """A CIFAR ResNet of ``depth`` = 6n+2 layers, converted.
+
+    What is None follows ``weights``, of this package or of another repository: see
+    :mod:`resnet_triton.checkpoints`.
+
+    Args:
+        depth: 20, 32, 44, 56, 110, 1202, ...
+        num_classes: outputs of ``fc``; None without ``weights`` is 10.
+        in_channels: channels of the images; None without ``weights`` is 3.
+        weights: None for random ones, a state_dict, or the path of a file.
+        shortcut: see :class:`CifarResNet`; None without ``weights`` is the paper's option A.
 
     Raises:
-        ValueError: for another depth.
+        ValueError: for another depth or shortcut; for arguments that contradict ``weights``.
         ValueError, FileNotFoundError: for ``weights`` that cannot be loaded, see
             :mod:`resnet_triton.weights`.
     """
-    model = CifarResNet(depth, num_classes, in_channels)
-    return _finish(model, weights)
+    if weights is not None:
+        from ..checkpoints import cifar_arguments
+        from ..weights import inspect, named_weights
+
+        named_weights(None, weights)  # refuses names, of which torchvision has none here
+        network = cifar_arguments(inspect(weights), depth, num_classes, in_channels, shortcut)
+        num_classes, in_channels, shortcut = network.num_classes, network.in_channels, network.shortcut
+    classes, channels = (10 if num_classes is None else num_classes), (3 if in_channels is None else in_channels)
+    return _finish(CifarResNet(depth, classes, channels, shortcut=shortcut or "A"), weights)
+
+
+def cifar_plain(
+    depth: int, num_classes: int | None = None, in_channels: int | None = None, *, weights: Weights = None
+) -> CifarResNet:
+    """The plain network with the convolutions of :func:`cifar_resnet`, converted; arguments as there."""
+    return cifar_resnet(depth, num_classes, in_channels, weights=weights, shortcut="none")
 
 
 def mnist5k_resnet20() -> CifarResNet:
@@ -114,7 +149,7 @@ def mnist5k_resnet20() -> CifarResNet:
     Input: ``[N, 1, 28, 28]`` grey images with ink 1 on 0, minus 0.1307, divided by 0.3081.
     """
     path = Path(__file__).parents[1] / "data" / "cifar_resnet20_mnist5k.safetensors"
-    return cifar_resnet(20, in_channels=1, weights=path).eval()
+    return cifar_resnet(20, in_channels=1, weights=path, shortcut="B").eval()
 
 
 def _resnet(
@@ -127,7 +162,8 @@ def _resnet(
     from ..weights import ENUMS, named_weights
 
     shape = (block is Bottleneck, layers, kwargs.get("groups", 1), kwargs.get("width_per_group", 64))
-    named = named_weights(ENUMS.get(shape), weights)
+    own = any(kwargs.get(name, default) != default for name, default in PAPERS.items())
+    named = named_weights(None if own else ENUMS.get(shape), weights)
     if named is not None:
         weights = named
         classes = len(named.meta["categories"])
