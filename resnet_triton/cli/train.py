@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..runs import build, config, curves, data, distributed, rng
+from ..runs import build, config, curves, data, distributed, recipes, rng
 from ..runs.checkpoint import Checkpoints, name_of
 from ..runs.distributed import Processes
 from ..runs.interrupt import Stop
@@ -24,13 +24,30 @@ from ..runs.loop import Trainer
 from .common import channels_of, device_of, in_one_line, positive
 
 HELP = "train a converted model, with checkpoints from which the same command goes on"
+#: Options that count more than a recipe's values, named as the settings that they are for.
+OVERRIDES = (
+    "epochs",
+    "iterations",
+    "batch_size",
+    "lr",
+    "schedule",
+    "patience",
+    "warmup",
+    "init",
+    "momentum",
+    "weight_decay",
+    "validation",
+)
 EXAMPLE = "resnet-triton train --data digits --output runs/digits"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Data, output, model and recipe."""
+    """Data, output, model and how to train."""
     parser.add_argument(
-        "--data", required=True, help=f"{data.ALLOWED} (a folder with train/CLASS/*.jpg and val/CLASS/*.jpg)"
+        "--data",
+        required=True,
+        help=f"{data.ALLOWED} (imagefolder: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; cifar: the folder "
+        "of its standard files, binary or python version)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run; made where it is not there")
     parser.add_argument(
@@ -39,19 +56,49 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "torchvision:NAME, timm:NAME, or package.module:function; its weights start random "
         f"(default: {_defaults('model')})",
     )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        action=_RecipeAction,
+        help=f"{', '.join(recipes.RECIPES)}, or help, which lists what each means: defaults for augmentation, "
+        "initialisation and the options below",
+    )
     parser.add_argument("--size", type=positive, help="image height and width in pixels (default: 32, 28 or 224)")
-    parser.add_argument("--epochs", type=positive, help=f"default: {_defaults('epochs')}")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive, help=f"default: {_defaults('epochs')}")
+    length.add_argument(
+        "--iterations", type=positive, metavar="STEPS", help="length in optimizer steps; the last epoch ends early"
+    )
     parser.add_argument(
         "--batch-size", type=positive, help=f"images of a step, over all processes (default: {_defaults('batch_size')})"
     )
     parser.add_argument("--lr", type=number(0, 1e3), help="highest learning rate of SGD (default: 0.1)")
-    parser.add_argument("--schedule", choices=config.SCHEDULES, default="cosine", help="default: cosine")
+    parser.add_argument("--schedule", choices=config.SCHEDULES, help="default: cosine")
     parser.add_argument(
-        "--warmup", type=number(0, 1e4), metavar="EPOCHS", help="default: a twentieth of the epochs, at most 5"
+        "--drops",
+        type=number(0, 1),
+        nargs="+",
+        metavar="SHARE",
+        help="where --schedule step divides the learning rate by 10, as shares of the run (default: 0.5 0.75)",
     )
-    parser.add_argument("--momentum", type=number(0, 1), default=0.9, help="default: 0.9")
+    parser.add_argument(
+        "--patience",
+        type=positive,
+        metavar="EPOCHS",
+        help="--schedule plateau divides it where the error has not fallen for so long (default: 5)",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=number(0, 1e4),
+        metavar="EPOCHS",
+        help="rise of the learning rate, in place of a recipe's (default: a twentieth of the epochs, at most 5)",
+    )
+    parser.add_argument(
+        "--init", choices=config.INITS, help="draw the weights from N(0, sqrt(2/n)) (default: as the model is built)"
+    )
+    parser.add_argument("--momentum", type=number(0, 1), help="default: 0.9")
     parser.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
-    parser.add_argument("--weight-decay", type=number(0, 1), default=1e-4, help="default: 1e-4")
+    parser.add_argument("--weight-decay", type=number(0, 1), help="default: 1e-4")
     parser.add_argument("--label-smoothing", type=number(0, 1), default=0.0, help="default: 0")
     parser.add_argument(
         "--ema", type=number(0, 1), metavar="DECAY", help="also test, and save, a moving average of the weights (0.999)"
@@ -65,6 +112,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sync-bn", action="store_true", help="BN statistics over all processes (GPUs)")
     parser.add_argument("--deterministic", action="store_true", help="same bits on a GPU too; slower there")
     parser.add_argument("--seed", type=natural, default=0, help="of weights, order and augmentation (default: 0)")
+    parser.add_argument(
+        "--validation",
+        type=positive,
+        metavar="IMAGES",
+        help="hold out so many training images and test with them, not with the test images (the paper's 5000)",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch the files of cifar10:PATH or cifar100:PATH where they are not"
+    )
     parser.add_argument(
         "--workers", type=natural, help="processes that read images (default: 0, of an imagefolder 8 or the cores)"
     )
@@ -85,6 +141,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def _defaults(name: str) -> str:
     return ", ".join(f"{kind} {getattr(found, name)}" for kind, found in data.DEFAULTS.items())
+
+
+class _RecipeAction(argparse.Action):
+    """Keeps a recipe's name; ``help`` lists them and ends, as ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if values == "help":
+            print(recipes.table())
+            parser.exit()
+        if values not in recipes.RECIPES:
+            parser.error(f"argument --recipe: {values!r} is not known; allowed: {', '.join(recipes.RECIPES)}, help")
+        namespace.recipe = values
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
@@ -116,6 +184,10 @@ def run(args: argparse.Namespace) -> int:
         report = _Report(args, processes.writes)
         folder = Path(args.output).expanduser()
         with _only_run_in(folder, processes):
+            if args.download:
+                if processes.writes:
+                    data.download(args.data)
+                processes.from_first(None)  # the others wait
             trainer = _trainer(args, kind, processes, report)
             session = _Session(args, folder, trainer, report)
             session.start()
@@ -145,18 +217,66 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: _Report) -> Trainer:
     defaults = data.DEFAULTS[kind]
-    epochs = args.epochs or defaults.epochs
+    spec, size = args.model or defaults.model, args.size or defaults.size
+    # The data say how many classes the model needs, the model how many channels the images: a CIFAR ResNet takes any.
+    rng.seed_all(args.seed)
+    images = data.load_data(
+        args.data,
+        size,
+        args.seed,
+        recipe=args.recipe,
+        validation=args.validation or 0,
+        uint8=args.channels_last,  # its bytes are channels last, and so would be what is made of them
+    )
+    classes = len(images.classes)
+    model = build.build(spec, classes, defaults.channels)
+    settings = _settings(args, kind, len(images.train), model, processes)
+    if settings.init is not None:
+        recipes.initialise(model, settings.init)
+    channels = channels_of(model)
+    images.set_channels(channels)
+    what = f"--model {spec} fails on images of {channels}x{size}x{size}"
+    in_one_line(what, build.check_outputs, model.eval(), spec, classes, (channels, size, size))
+    if settings.sync_bn:
+        model = distributed.with_sync_bn(model, processes.device)
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    model.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
+    workers = min(defaults.workers, os.cpu_count() or 1) if args.workers is None else args.workers
+    rng.seed_all(settings.seed + processes.rank)  # what a model draws while it trains differs between processes
+    report.say(
+        f"{spec} on {args.data}: {len(images.train)} training and {len(images.test)} {_tests(settings)} images, "
+        f"{classes} classes, {settings.epochs} epochs on {processes.device}"
+        + (f" and {processes.count - 1} more processes" if processes.count > 1 else "")
+    )
+    trainer = Trainer(settings, images, model, processes.device, processes, workers)
+    if settings.recipe is not None:
+        report.say(f"recipe {settings.recipe}: {recipes.describe(settings, trainer.whole)}")
+    return trainer
+
+
+def _settings(
+    args: argparse.Namespace, kind: str, images: int, model: torch.nn.Module, processes: Processes
+) -> config.Settings:
+    """What is said, else what the recipe says, else the defaults."""
+    defaults = data.DEFAULTS[kind]
+    chosen: dict[str, Any] = {"epochs": defaults.epochs, "batch_size": defaults.batch_size, "lr": defaults.lr}
+    if args.recipe is not None:
+        chosen |= recipes.RECIPES[args.recipe].settings(recipes.layers(model))
+    given = {name: getattr(args, name) for name in OVERRIDES}
+    if args.drops is not None:
+        given["drops"] = tuple(args.drops)
+    if args.warmup is not None:
+        chosen["warmup_lr"] = chosen["warmup_error"] = None
+    if args.epochs is not None:
+        chosen["iterations"] = None
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    if chosen.get("iterations") is not None:
+        chosen["epochs"] = math.ceil(chosen["iterations"] / max(1, images // chosen["batch_size"]))
     settings = config.Settings(
+        **{"warmup": min(5.0, chosen["epochs"] / 20)} | chosen,
         data=kind,
         model=args.model or defaults.model,
         size=args.size or defaults.size,
-        epochs=epochs,
-        batch_size=args.batch_size or defaults.batch_size,
-        lr=defaults.lr if args.lr is None else args.lr,
-        schedule=args.schedule,
-        warmup=min(5.0, epochs / 20) if args.warmup is None else args.warmup,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
         nesterov=args.nesterov,
         label_smoothing=args.label_smoothing,
         ema=args.ema,
@@ -167,31 +287,16 @@ def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: 
         seed=args.seed,
         device=processes.device.type,
         processes=processes.count,
+        recipe=args.recipe,
     )
     if settings.nesterov and not settings.momentum:
         raise ValueError("--nesterov needs a --momentum above 0")
-    # The data say how many classes the model needs, the model how many channels the images: a CIFAR ResNet takes any.
-    rng.seed_all(settings.seed)
-    images = data.load_data(args.data, settings.size, settings.seed)
-    classes = len(images.classes)
-    model = build.build(settings.model, classes, defaults.channels)
-    channels = channels_of(model)
-    images.set_channels(channels)
-    what = f"--model {settings.model} fails on images of {channels}x{settings.size}x{settings.size}"
-    shape = (channels, settings.size, settings.size)
-    in_one_line(what, build.check_outputs, model.eval(), settings.model, classes, shape)
-    if settings.sync_bn:
-        model = distributed.with_sync_bn(model, processes.device)
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    model.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
-    workers = min(defaults.workers, os.cpu_count() or 1) if args.workers is None else args.workers
-    rng.seed_all(settings.seed + processes.rank)  # what a model draws while it trains differs between processes
-    report.say(
-        f"{settings.model} on {args.data}: {len(images.train)} training and {len(images.test)} test images, "
-        f"{classes} classes, {settings.epochs} epochs on {processes.device}"
-        + (f" and {processes.count - 1} more processes" if processes.count > 1 else "")
-    )
-    return Trainer(settings, images, model, processes.device, processes, workers)
+    return settings
+
+
+def _tests(settings: config.Settings) -> str:
+    """What a run is tested with."""
+    return "validation" if settings.validation else "test"
 
 
 class _Session:
@@ -319,6 +424,8 @@ class _Session:
         return {
             "output": str(self.folder),
             "id": self.id,
+            "recipe": trainer.settings.recipe,
+            "tested_with": _tests(trainer.settings),
             "resumed_from": self.resumed,
             **{key: last[key] for key in ("train_loss", "train_error", "test_loss", "test_error", "ema_test_error")},
             "test_images": len(trainer.data.test),
@@ -372,6 +479,7 @@ class _Report:
         self.json, self.writes = args.json, writes
         self.quiet = args.json or not writes
         self.bar: Any = None
+        self.what = "validation" if args.validation else "test"
 
     def say(self, text: str, always: bool = False) -> None:
         """A line on stderr, from the first process."""
@@ -400,8 +508,8 @@ class _Report:
         self.close()
         averaged = "" if row["ema_test_error"] is None else f", averaged {row['ema_test_error']:.2%}"
         self.say(
-            f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, error {row['train_error']:.2%}; test loss "
-            f"{row['test_loss']:.4f}, error {row['test_error']:.2%}{averaged}; {row['seconds']:.1f} s"
+            f"epoch {row['epoch']}: training loss {row['train_loss']:.4f}, error {row['train_error']:.2%}; "
+            f"{self.what} loss {row['test_loss']:.4f}, error {row['test_error']:.2%}{averaged}; {row['seconds']:.1f} s"
         )
 
     def close(self) -> None:
@@ -415,16 +523,16 @@ class _Report:
         if self.json:
             print(json.dumps(facts, indent=1))
             return
-        best = facts["best"]
+        best, what = facts["best"], facts["tested_with"]
         averaged = facts["ema_test_error"]
         more = "" if averaged is None else f", of the averaged weights {averaged:.2%}"
         print(
-            f"test error {facts['test_error']:.2%} of {facts['test_images']} images{more} after {facts['epochs']} "
+            f"{what} error {facts['test_error']:.2%} of {facts['test_images']} images{more} after {facts['epochs']} "
             f"epochs ({facts['seconds']:.0f} s); training error {facts['train_error']:.2%}"
         )
         print(f"weights: {facts['last']}")
         print(
-            f"lowest test error: {best['test_error']:.2%} after epoch {best['epoch']}, chosen by the test images: "
+            f"lowest {what} error: {best['test_error']:.2%} after epoch {best['epoch']}, chosen by the {what} images: "
             f"{best['weights']}"
         )
         print(f"per epoch: {facts['metrics']}" + (f", {facts['curves']}" if facts["curves"] else ""))

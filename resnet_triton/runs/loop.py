@@ -1,13 +1,16 @@
 """The training loop: steps, epochs and evaluation; what a checkpoint takes from it and gives back.
 
 The state of a run lies between two optimizer steps: ``epoch`` and ``step`` (of the epoch; equal to ``steps`` while the
-epoch waits for its evaluation), the sums of the present epoch, weights, optimizer, average, scaler, random states.
+epoch waits for its evaluation), the sums of the present epoch, weights, optimizer, average, scaler, random states, and
+what errors have changed in the learning rate.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -20,10 +23,10 @@ from .checkpoint import Checkpoint
 from .config import Settings
 from .data import Data, Request, Split, evaluation_requests, loader, training_requests
 from .distributed import Processes
-from .schedule import learning_rate
+from .schedule import Reached, learning_rate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LOOK = 20  # steps between two looks at the loss, for each of which a GPU is waited for
+LOOK = 20  # steps between two looks at loss and training error, for each of which a GPU is waited for
 
 
 class Watcher(Protocol):
@@ -66,8 +69,8 @@ class Trainer:
                 f"--batch-size {settings.batch_size} counts the images of all processes, and {processes.count} cannot "
                 f"share it equally; allowed: a multiple of {processes.count}"
             )
-        self.steps = len(data.train) // settings.batch_size
-        if not self.steps:
+        self.whole = len(data.train) // settings.batch_size
+        if not self.whole:
             raise ValueError(f"--batch-size {settings.batch_size} is more than the {len(data.train)} training images")
         self.model = model
         self.optimizer = torch.optim.SGD(
@@ -79,13 +82,21 @@ class Trainer:
         )
         average = None if settings.ema is None else get_ema_multi_avg_fn(settings.ema)
         self.ema = None if average is None else AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        self.parallel = processes.parallel(model)
+        self.parallel = processes.parallel(data.taken_by(model))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.epoch, self.step = 0, 0
         self.seconds = 0.0
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss and wrong answers of this process
+        self.recent = torch.zeros(1, dtype=torch.float64, device=device)  # wrong answers since the last look
+        self.reached = Reached()
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the present epoch; where they are counted, the last one ends early."""
+        left = (self.settings.iterations or math.inf) - self.epoch * self.whole
+        return int(min(self.whole, left))
 
     # Running
 
@@ -134,7 +145,7 @@ class Trainer:
             start=self.step,
             rank=processes.rank,
             processes=processes.count,
-        )
+        )[: self.steps - self.step]
         self.parallel.train()
         for images, labels in self._batches(self.data.train, requests):
             for group in self.optimizer.param_groups:
@@ -148,13 +159,26 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
-            self.sums += _sums(loss.detach() * len(labels), logits, labels)
+            sums = _sums(loss.detach() * len(labels), logits, labels)
+            self.sums += sums
             self.step += 1
+            self._warm_up(sums[1])
             yield self._check_finite() if self.step % LOOK == 0 else None
         self._check_finite()
 
     def _lr(self) -> float:
-        return learning_rate(self.settings, self.epoch * self.steps + self.step, self.steps)
+        return learning_rate(self.settings, self.epoch * self.whole + self.step, self.whole, self.reached)
+
+    def _warm_up(self, wrong: Tensor) -> None:
+        """Ends a warm-up that waits for the training error, which is that of the last :data:`LOOK` steps."""
+        settings, processes = self.settings, self.processes
+        if settings.warmup_error is None or self.reached.warm:
+            return
+        self.recent += wrong
+        if (self.epoch * self.whole + self.step) % LOOK == 0:
+            error = processes.total(self.recent).item() / (LOOK * settings.batch_size)
+            self.reached.warm = error < settings.warmup_error
+            self.recent.zero_()
 
     def _check_finite(self) -> float:
         """The mean loss of the epoch so far on this process."""
@@ -171,7 +195,7 @@ class Trainer:
         """The row of the epoch that has just been trained; None where ``stop()`` came first."""
         count = self.steps * self.settings.batch_size
         train_loss, train_wrong = (self.processes.total(self.sums) / count).tolist()
-        tested = [self._tested(model, stop) for model in (self.model, self.ema) if model is not None]
+        tested = [self._tested(model, stop) for model in self._models()]
         if None in tested:
             return None
         (test_loss, test_error), *averaged = (found for found in tested if found is not None)
@@ -185,6 +209,10 @@ class Trainer:
             "ema_test_error": averaged[0][1] if averaged else None,
         }
 
+    def _models(self) -> list[nn.Module]:
+        """What is tested: the model, and its average."""
+        return [self.model, *([] if self.ema is None else [self.ema.module])]
+
     def _tested(self, model: nn.Module, stop: Callable[[], bool]) -> tuple[float, float] | None:
         """Mean loss and error on the test images."""
         processes = self.processes
@@ -194,13 +222,14 @@ class Trainer:
         )
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         model.eval()
+        takes = self.data.taken_by(model)
         with torch.no_grad():
             for images, labels in self._batches(self.data.test, requests):
                 if stop():
                     return None
                 if len(labels):
                     with self._autocast():
-                        logits = model(images)
+                        logits = takes(images)
                     loss = F.cross_entropy(logits.float(), labels, reduction="sum")
                     sums += _sums(loss, logits, labels)
         loss, wrong = (processes.total(sums) / len(self.data.test)).tolist()
@@ -208,6 +237,8 @@ class Trainer:
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
         self.history.append(row)
+        if self.settings.schedule == "plateau":
+            self.reached.tested(row["test_error"], self.settings.patience)
         error = row["test_error"] if row["ema_test_error"] is None else row["ema_test_error"]
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
@@ -218,7 +249,9 @@ class Trainer:
         gpu = self.device.type == "cuda"
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         for images, labels in loader(split, requests, self.workers, pin=gpu):
-            images = images.to(self.device, non_blocking=gpu).contiguous(memory_format=layout)
+            images = images.to(self.device, non_blocking=gpu)
+            if images.is_floating_point():  # uint8 is channels last as it is
+                images = images.contiguous(memory_format=layout)
             yield images, labels.to(self.device, non_blocking=gpu)
 
     def _autocast(self) -> torch.autocast:
@@ -229,7 +262,7 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
         """What a checkpoint needs: facts of JSON, and tensors on the CPU. All processes must call it."""
-        mine = (*rng.state(self.device), self.sums.tolist())
+        mine = (*rng.state(self.device), self.sums.tolist(), self.recent.tolist())
         everyone = self.processes.gather(mine)
         optimizer = self.optimizer.state_dict()
         facts = {
@@ -240,12 +273,13 @@ class Trainer:
             "best": self.best,
             "optimizer": _rows(optimizer["param_groups"]),
             "scaler": self.scaler.state_dict(),
-            "processes": [{"random": random, "sums": sums} for random, _, sums in everyone],
+            "reached": asdict(self.reached),
+            "processes": [{"random": random, "sums": sums, "recent": recent} for random, _, sums, recent in everyone],
         }
         tensors = {
             "model": _copied(self.model.state_dict()),
             "optimizer": _copied(_flat(optimizer["state"])),
-            "random": {f"{rank}.{k}": v for rank, (_, found, _) in enumerate(everyone) for k, v in found.items()},
+            "random": {f"{rank}.{k}": v for rank, (_, found, *_) in enumerate(everyone) for k, v in found.items()},
         }
         if self.ema is not None:
             tensors["ema"] = _copied(self.ema.state_dict())
@@ -272,7 +306,9 @@ class Trainer:
         self.scaler.load_state_dict(facts["scaler"])
         self.epoch, self.step, self.seconds = facts["epoch"], facts["step"], facts["seconds"]
         self.history, self.best = facts["history"], facts["best"]
+        self.reached = Reached(**facts.get("reached", {}))  # runs of before had none
         self.sums.copy_(torch.tensor(mine["sums"], dtype=torch.float64))
+        self.recent.copy_(torch.tensor(mine.get("recent", [0.0]), dtype=torch.float64))
         named = {k.partition(".")[2]: v for k, v in tensors["random"].items() if k.startswith(f"{rank}.")}
         rng.restore(mine["random"], named, self.device)
 
