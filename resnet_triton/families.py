@@ -117,6 +117,12 @@ def _hf_encoder(self, hidden_state, output_hidden_states=False, return_dict=True
     return output(last_hidden_state=last, hidden_states=hidden)
 
 
+def _box_head(self, x):
+    if torch.jit.is_scripting():
+        return self._eager(x)
+    return self._eager(x) if _by_modules(x) else run.run_box_head(self, x)
+
+
 _BLOCK, _STAGE, _RESNET = {"forward": _block}, {"forward": _stage}, {"forward": _resnet}
 _OURS, _TORCHVISION, _TIMM = "resnet_triton.models", "torchvision.models.resnet", "timm.models.resnet"
 _TIMM_FEATURES = "timm.models._features"
@@ -129,6 +135,7 @@ FAMILIES = (
     Family("block", _OURS, "Bottleneck", _BLOCK, structure.BOTTLENECK),
     Family("container", _OURS, "ResNet", _RESNET, structure.IMAGENET),
     Family("container", _OURS, "CifarResNet", _RESNET, structure.CIFAR),
+    Family("encoder", "resnet_triton.detection.c4", "Conv5Head", {"forward": _box_head}),
     Family("block", _TORCHVISION, "BasicBlock", _BLOCK, structure.BASIC),
     Family("block", _TORCHVISION, "Bottleneck", _BLOCK, structure.BOTTLENECK),
     Family("container", _TORCHVISION, "ResNet", _RESNET, structure.IMAGENET),

@@ -369,6 +369,12 @@ def run_smp_encoder(encoder: Converted, x: Tensor) -> list[Tensor]:
     return [x, *(outputs[name] for name in taps)]
 
 
+def run_box_head(head: Converted, x: Tensor) -> Tensor:
+    """The forward of a C4 detector's head: its stage, and the average over each region."""
+    y = run_trunk([("layer4", head.layer4)], x, pool=not torch.is_grad_enabled())[""]
+    return torch.flatten(y, 1) if y.shape[2:] == (1, 1) else y.mean((2, 3))
+
+
 def run_hf_embeddings(embeddings: Converted, x: Tensor) -> Tensor:
     """The forward of Hugging Face's ResNet stem."""
     layer = embeddings.embedder
