@@ -83,9 +83,8 @@ def children_of(model: nn.Module, function: str) -> OrderedDict[str, nn.Module]:
     marker: Any = getattr(type(model), "_resnet_triton", None)
     if marker is None or marker.kind != "container" or not isinstance(marker.spec, TrunkSpec):
         raise ValueError(
-            f"{function} takes a ResNet of this package, torchvision or timm, got {original_class(model).__name__}. "
-            "Pass the network itself, not what holds it; of other libraries, use their own feature extraction on "
-            "resnet_triton.convert(model)"
+            f"{function} takes a ResNet of this package, torchvision or timm, got {original_class(model).__name__}; "
+            "pass the network itself, not what holds it"
         )
     return OrderedDict((name, getattr(model, name)) for name in marker.spec.children)
 
