@@ -145,7 +145,8 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
     """Runs blocks one after another; bottlenecks hand their first convolution to the block before them.
 
     Between two stages the block before stores only the pixels that the projection shortcut reads, unless gradients may
-    be needed. With ``pool``, only the average of the last output over the image is returned, ``[N, C, 1, 1]``.
+    be needed. With ``pool``, only the average of the last output over the image is returned, ``[N, C, 1, 1]``, where
+    the last block's statistics are constant.
     """
     t = ahead = None
     inference = not torch.is_grad_enabled()
@@ -166,8 +167,6 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
                 x, shortcut, units, norms, with_project, masked_grad=masked, mask_input=masks, ahead=ahead,
                 following=upcoming,
             )  # fmt: skip
-            if pool and last:
-                x = x.mean((2, 3), keepdim=True)
             continue
         if project is not None and step > 1:
             project = project._replace(stride=1)

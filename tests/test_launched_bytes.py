@@ -46,6 +46,17 @@ def launches_of(model: nn.Module, shape: tuple[int, ...]) -> list[Launch]:
     return codegen.trace(forward, TARGET.multiprocessors)
 
 
+def training_launches_of(model: nn.Module, shape: tuple[int, ...]) -> list[Launch]:
+    """What a forward and its backward would launch on an H200; the gradients of the parameters stay with them."""
+
+    def step() -> None:
+        with _Implementations(), patch.object(steps, "target_of", lambda *_: TARGET):
+            model(torch.empty(shape, dtype=torch.bfloat16, device="meta")).sum().backward()
+
+    model.zero_grad(set_to_none=True)
+    return codegen.trace(step, TARGET.multiprocessors)
+
+
 def storage(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
@@ -98,6 +109,38 @@ def test_the_sum_over_the_launches_is_what_explain_says(name: str, batch: int, b
     assert moved > 0 and moved == activation_bytes(plan, ours=True) - beside
     if backend == "triton":
         assert activation_bytes(plan, ours=False) == 0
+
+
+def training_bytes(model: nn.Module, batch: int) -> tuple[int, int]:
+    """Bytes of activations of the launches of a step, and of the rows of ``explain``, without parameters and gradients."""
+    shape = (batch, 3, 224, 224)
+    found = training_launches_of(model, shape)
+    parameters = (*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None))
+    known = {storage(t) for t in (*parameters, *model.buffers())}
+    moved = 0
+    for launch in found:
+        sizes: dict[int, int] = {}
+        for argument in (*launch.args, *launch.kwargs.values()):
+            t = getattr(argument, "base", argument)
+            if isinstance(t, Tensor) and t.dtype != torch.float32 and storage(t) not in known:  # 16 bits, or pairs
+                # a map may cover pixels more than once, but a launch reads no more than there is
+                elements = torch.Size(getattr(argument, "shape", t.shape)).numel()
+                elements = min(elements, t.untyped_storage().nbytes() // t.itemsize)
+                sizes[storage(t)] = max(sizes.get(storage(t), 0), elements * t.itemsize)
+        moved += sum(sizes.values())
+    plan = explain(model, shape, device=TARGET.name)
+    return moved, activation_bytes(plan, ours=True)
+
+
+@pytest.mark.parametrize("memory", ("gram", "stored"))
+@pytest.mark.parametrize("name", ("resnet50", "resnet18"))
+def test_a_step_of_training_moves_what_explain_says(name: str, memory: str) -> None:
+    """An image more moves as many bytes more in the launches as in the plan; what does not grow is of weights."""
+    with torch.device("meta"):
+        model = convert(getattr(tv, name)().train(), inplace=True).to(torch.bfloat16)
+    with use_backend("triton", memory=memory):
+        (few, planned_few), (many, planned_many) = (training_bytes(model, batch) for batch in (128, 256))
+    assert many > few > 0 and many - few == planned_many - planned_few
 
 
 def test_resnet50_moves_at_most_30_mb_an_image() -> None:

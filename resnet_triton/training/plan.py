@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import Tensor
 
 from .. import cost, tuning
 from ..devices import Target
@@ -356,23 +355,24 @@ def moved_bytes(work: Work, dtype: torch.dtype) -> int:
     """Bytes through device memory of a kernel of this package with products, weights included."""
     s, size = work.shape, dtype.itemsize
     assert s is not None
-    x, y, w = s.pixels_read * s.c * size, s.m * s.k * size, s.weights * size
-    if work.step == "conv_stats":
-        return x + y + w
-    if work.step == "stem_conv_stats":
-        return cost.stem_bytes(s, size)
-    if work.step == "dgrad":
-        out = s.n * s.h * s.w * s.c * size
-        added = out // work.residual_stride**2 if work.residual_stride else 0
-        return y * (1 + work.backward) + out * (1 + (work.moments or added > 0)) + added + w
-    if work.step in ("wgrad", "stem_wgrad"):
-        return x + y * (1 + work.backward) + 4 * s.weights
     if work.step == "gram":
-        return x
+        return size * s.pixels_read * s.c
+    if work.step == "wgrad":
+        return wgrad_bytes(s, size, work.backward) + 4 * s.weights
+    if work.step == "stem_wgrad":
+        return stem_wgrad_bytes(s, size) + 4 * s.weights
+    if work.step == "stem_conv_stats":
+        return stem_bytes(s, size) + size * s.weights
+    if work.step == "conv_stats":
+        return conv_bytes(s, size) + size * s.weights
     if work.step == "gram_dgrad":
-        return y + 2 * x + w
+        return gram_dgrad_bytes(s, size) + size * s.weights
+    if work.step == "dgrad":
+        step = work.residual_stride
+        added = s.n * cdiv(s.h, step) * cdiv(s.w, step) * s.c if step else 0
+        return dgrad_bytes(s, size, work.backward, added, work.moments or step > 0) + size * s.weights
     then = work.following * (s.m + s.k) * size
-    return expand_bytes(s, size, work.project) + w + then  # expand
+    return expand_bytes(s, size, work.project) + size * s.weights + then  # expand
 
 
 def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: Target) -> cost.Prediction:
@@ -406,13 +406,24 @@ def conv_bytes(shape: ConvShape, itemsize: int) -> int:
     return itemsize * (shape.pixels_read * shape.c + shape.m * shape.k)
 
 
+def stem_bytes(shape: ConvShape, itemsize: int) -> int:
+    """Of the stem: images in, cells out, pairs of cells in for each half of the output's columns, raw output out."""
+    pairs = shape.n * (shape.p + 3) * (shape.q // 2 + 1) * 32
+    return stem_wgrad_bytes(shape, itemsize) + itemsize * (2 * pairs - cost.cells_size(shape))
+
+
+def stem_wgrad_bytes(shape: ConvShape, itemsize: int) -> int:
+    """Of the gradient of the stem's weight: images in, cells out and in, the raw output's gradient in."""
+    return cost.stem_bytes(shape, itemsize)
+
+
 def expand_bytes(shape: ConvShape, itemsize: int, project: ConvShape | None) -> int:
     """Of ``expand``, with an identity shortcut or a projected one."""
     added = shape.m * shape.k if project is None else project.pixels_read * project.c
     return itemsize * (shape.m * (shape.c + shape.k) + added)
 
 
-def wgrad_bytes(shape: ConvShape, itemsize: int, choice: Choice, backward: bool) -> int:
+def wgrad_bytes(shape: ConvShape, itemsize: int, backward: bool) -> int:
     """Of a weight's gradient."""
     return itemsize * (shape.pixels_read * shape.c + shape.m * shape.k * (1 + backward))
 
@@ -422,10 +433,9 @@ def gram_dgrad_bytes(shape: ConvShape, itemsize: int) -> int:
     return itemsize * shape.m * (shape.k + 2 * shape.c)
 
 
-def dgrad_bytes(shape: ConvShape, itemsize: int, backward: bool, residual: Tensor | None, masked: bool) -> int:
-    """Of an input's gradient."""
+def dgrad_bytes(shape: ConvShape, itemsize: int, backward: bool, added: int, masked: bool) -> int:
+    """Of an input's gradient; ``added`` elements of another gradient are read with it."""
     out = shape.n * shape.h * shape.w * shape.c
-    added = 0 if residual is None else residual.numel()
     return itemsize * (shape.m * shape.k * (1 + backward) + out * (1 + masked) + added)
 
 

@@ -456,7 +456,7 @@ def wgrad(dc: Gradient, h: Lazy, weight: Tensor, geometry: Sequence[int]) -> Ten
             choice.tiling, _precision(x),
         )  # fmt: skip
 
-    moved = plan.wgrad_bytes(shape, x.element_size(), choice, dc.c is not None)
+    moved = plan.wgrad_bytes(shape, x.element_size(), dc.c is not None)
     return _run(
         "wgrad", choice, x, allocate, launch,
         lambda: _last(reference.wgrad(dc.dz, h, _weight(weight, x), geometry)), moved, weight, shape,
@@ -480,7 +480,7 @@ def matrix_wgrad(dz: Tensor, h: Lazy, stride: int, weight: Tensor) -> tuple[Tens
             _precision(x),
         )  # fmt: skip
 
-    moved = plan.wgrad_bytes(shape, x.element_size(), choice, False)
+    moved = plan.wgrad_bytes(shape, x.element_size(), False)
     return _run(
         "wgrad", choice, x, allocate, launch, lambda: reference.matrix_wgrad(dz, h, stride), moved, weight, shape
     )
@@ -571,7 +571,8 @@ def dgrad(
             None if residual is None else nhwc(residual), residual_stride, parts, choice.tiling, _precision(x),
         )  # fmt: skip
 
-    moved = plan.dgrad_bytes(shape, x.element_size(), dc.c is not None, residual, lazy or sign is not None)
+    added = 0 if residual is None else residual.numel()
+    moved = plan.dgrad_bytes(shape, x.element_size(), dc.c is not None, added, lazy or sign is not None)
     return _run("dgrad", choice, x, allocate, launch, allocate, moved, weight, shape)
 
 
@@ -580,7 +581,7 @@ def _library_dgrad(
     sign: Tensor | None, choice: Choice, shape: ConvShape,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     x = h.raw
-    moved = plan.dgrad_bytes(shape, x.element_size(), False, None, False) + 2 * _bytes(residual)
+    moved = plan.dgrad_bytes(shape, x.element_size(), False, 0, False) + 2 * _bytes(residual)
     alone = _alone(plan.Work("dgrad", shape, residual_stride=0 if residual is None else residual_stride), x, choice)
     d = _run(
         "dgrad", alone, x, lambda: new_channels_last(x, *x.shape), lambda out: None,
@@ -615,7 +616,7 @@ def stem_conv(x: Tensor, weight: Tensor, moments: bool) -> tuple[Tensor, Tensor 
         c = _last(reference.conv(Lazy(_last(x)), _weight(weight, x), (2, 3, 1)))
         return c, (moments_of(c) if moments else None)
 
-    moved = plan.conv_bytes(shape, x.element_size())
+    moved = (plan.stem_bytes if choice.fused else plan.conv_bytes)(shape, x.element_size())
     return _run("stem", choice, x, allocate, launch, eager, moved, weight, shape)
 
 
@@ -690,7 +691,7 @@ def stem_wgrad(dc: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
         launch_stem_wgrad(nhwc(dc), _cells(x, shape), out, choice.tiling, _precision(x))
 
-    moved = plan.wgrad_bytes(shape, x.element_size(), choice, False)
+    moved = (plan.stem_wgrad_bytes if choice.fused else plan.conv_bytes)(shape, x.element_size())
     return _run(
         "stem_wgrad", choice, x,
         lambda: torch.empty_strided(weight.shape, weight.stride(), dtype=wide(x.dtype), device=x.device), launch,
