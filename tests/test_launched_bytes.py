@@ -112,7 +112,7 @@ def test_the_sum_over_the_launches_is_what_explain_says(name: str, batch: int, b
 
 
 def training_bytes(model: nn.Module, batch: int) -> tuple[int, int]:
-    """Bytes of activations of the launches of a step, and of the rows of ``explain``, without parameters and gradients."""
+    """Activation bytes of the launches of a step, and of the rows of ``explain``, without parameters and gradients."""
     shape = (batch, 3, 224, 224)
     found = training_launches_of(model, shape)
     parameters = (*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None))
