@@ -213,18 +213,21 @@ class Trainer:
         """What is tested: the model, and its average."""
         return [self.model, *([] if self.ema is None else [self.ema.module])]
 
-    def _tested(self, model: nn.Module, stop: Callable[[], bool]) -> tuple[float, float] | None:
-        """Mean loss and error on the test images."""
+    def _tested(
+        self, model: nn.Module, stop: Callable[[], bool], split: Split | None = None
+    ) -> tuple[float, float] | None:
+        """Mean loss and error in eval mode on the images of a split as they are; None is the test images."""
         processes = self.processes
+        split = self.data.test if split is None else split
         processes.share_buffers(model)
         requests = evaluation_requests(
-            len(self.data.test), self.settings.batch_size, rank=processes.rank, processes=processes.count
+            len(split), self.settings.batch_size, rank=processes.rank, processes=processes.count
         )
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         model.eval()
         takes = self.data.taken_by(model)
         with torch.no_grad():
-            for images, labels in self._batches(self.data.test, requests):
+            for images, labels in self._batches(split, requests):
                 if stop():
                     return None
                 if len(labels):
@@ -232,7 +235,7 @@ class Trainer:
                         logits = takes(images)
                     loss = F.cross_entropy(logits.float(), labels, reduction="sum")
                     sums += _sums(loss, logits, labels)
-        loss, wrong = (processes.total(sums) / len(self.data.test)).tolist()
+        loss, wrong = (processes.total(sums) / len(split)).tolist()
         return loss, wrong
 
     def _finish_epoch(self, row: dict[str, Any]) -> None:
