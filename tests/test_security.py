@@ -47,6 +47,10 @@ FORBIDDEN = {
     "torch.package.PackageImporter": "runs what the package holds",
     "tempfile.mktemp": "leaves its name to others",
 }
+#: What else inherits from such a reader, and why it may: tests/test_cifar_files.py shows that it does what is said.
+ARGUED_FOR = {
+    "resnet_triton/runs/cifar.py": ["_Unpickler inherits from pickle.Unpickler"],  # names stand for its own classes
+}
 #: Arguments that make a call safe, and arguments that make one unsafe.
 NEEDED = {"torch.load": ("weights_only", True)}
 UNSAFE_ARGUMENTS = {
@@ -90,6 +94,9 @@ def unsafe(text: str) -> list[str]:
             if key in UNSAFE_ARGUMENTS and value is UNSAFE_ARGUMENTS[key]
         ]
     for node in ast.walk(tree):
+        bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+        found += [f"{node.lineno}: {node.name} inherits from {base}" for base in bases if base.endswith("Unpickler")]
+    for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -100,7 +107,8 @@ def unsafe(text: str) -> list[str]:
 def test_no_source_runs_code_out_of_data() -> None:
     found = {str(path.relative_to(ROOT)): unsafe(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert len(found) > 50 and "resnet_triton/weights.py" in found
-    assert {path: problems for path, problems in found.items() if problems} == {}
+    problems = {path: [line.partition(": ")[2] for line in lines] for path, lines in found.items() if lines}
+    assert problems == ARGUED_FOR, found
 
 
 @pytest.mark.parametrize(
@@ -108,6 +116,7 @@ def test_no_source_runs_code_out_of_data() -> None:
     [
         "eval('1')",
         "import pickle\npickle.load(f)",
+        "import pickle\nclass Reader(pickle.Unpickler):\n    pass",
         "import pickle as p\np.loads(b)",
         "from pickle import loads as read\nread(b)",
         "import torch\ntorch.load(f)",

@@ -217,7 +217,7 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: _Report) -> Trainer:
     defaults = data.DEFAULTS[kind]
-    spec, size = args.model or defaults.model, args.size or defaults.size
+    spec, size = _model(args, kind), args.size or defaults.size
     # The data say how many classes the model needs, the model how many channels the images: a CIFAR ResNet takes any.
     rng.seed_all(args.seed)
     images = data.load_data(
@@ -254,6 +254,11 @@ def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: 
     return trainer
 
 
+def _model(args: argparse.Namespace, kind: str) -> str:
+    recipe = None if args.recipe is None else recipes.RECIPES[args.recipe].model
+    return args.model or recipe or data.DEFAULTS[kind].model
+
+
 def _settings(
     args: argparse.Namespace, kind: str, images: int, model: torch.nn.Module, processes: Processes
 ) -> config.Settings:
@@ -275,7 +280,7 @@ def _settings(
     settings = config.Settings(
         **{"warmup": min(5.0, chosen["epochs"] / 20)} | chosen,
         data=kind,
-        model=args.model or defaults.model,
+        model=_model(args, kind),
         size=args.size or defaults.size,
         nesterov=args.nesterov,
         label_smoothing=args.label_smoothing,

@@ -54,6 +54,7 @@ class Recipe:
         warmup_error: or until the training error is below this,
         warmup_layers: in networks of at least so many layers.
         momentum, weight_decay: of SGD.
+        model: where ``--model`` names none; None is that of the data.
     """
 
     source: str
@@ -73,6 +74,7 @@ class Recipe:
     warmup_layers: int = 0
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    model: str | None = None
 
     def settings(self, layers: int) -> dict[str, Any]:
         """The fields of :class:`resnet_triton.runs.config.Settings` that it decides, for a network of so many layers.
@@ -137,6 +139,7 @@ RECIPES: Mapping[str, Recipe] = {
         milestones=(32_000, 48_000),
         warmup_lr=0.01,
         warmup_iterations=400,
+        model="preact_cifar_resnet110",
     ),
     "torchvision": Recipe(
         source="references/classification of torchvision, IMAGENET1K_V1",
