@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import nn as run
-from . import structure
+from . import preact, structure
 
 
 class Family(NamedTuple):
@@ -54,6 +54,15 @@ def _block(self, x):
     return self._eager(x) if torch.jit.is_tracing() else run.run_block(self, x)
 
 
+def _preact_block(self, x):
+    if torch.jit.is_scripting():
+        return self._eager(x)
+    if isinstance(x, fx.Proxy):
+        tracer: Any = x.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+    return self._eager(x) if torch.jit.is_tracing() else preact.run_block(self, x)
+
+
 def _hf_block(self, hidden_state):
     return _block(self, hidden_state)
 
@@ -68,6 +77,12 @@ def _resnet(self, x):
     if torch.jit.is_scripting():
         return self._eager(x)
     return self._eager(x) if _by_modules(x) else run.run_resnet(self, x)
+
+
+def _preact_resnet(self, x):
+    if torch.jit.is_scripting():
+        return self._eager(x)
+    return self._eager(x) if _by_modules(x) else preact.run_resnet(self, x)
 
 
 def _layer_getter(self, x):
@@ -132,9 +147,14 @@ _RT_DETR = "transformers.models.rt_detr.modeling_rt_detr_resnet"
 FAMILIES = (
     Family("stage", "torch.nn.modules.container", "Sequential", _STAGE),
     Family("block", _OURS, "BasicBlock", _BLOCK, structure.BASIC),
+    Family("block", _OURS, "PlainBlock", _BLOCK, structure.PLAIN),
     Family("block", _OURS, "Bottleneck", _BLOCK, structure.BOTTLENECK),
     Family("container", _OURS, "ResNet", _RESNET, structure.IMAGENET),
     Family("container", _OURS, "CifarResNet", _RESNET, structure.CIFAR),
+    Family("block", _OURS, "PreActBasicBlock", {"forward": _preact_block}, structure.PREACT_BASIC),
+    Family("block", _OURS, "PreActBottleneck", {"forward": _preact_block}, structure.PREACT_BOTTLENECK),
+    Family("container", _OURS, "PreActResNet", {"forward": _preact_resnet}, structure.IMAGENET),
+    Family("container", _OURS, "PreActCifarResNet", {"forward": _preact_resnet}, structure.PREACT_CIFAR),
     Family("encoder", "resnet_triton.detection.c4", "Conv5Head", {"forward": _box_head}),
     Family("block", _TORCHVISION, "BasicBlock", _BLOCK, structure.BASIC),
     Family("block", _TORCHVISION, "Bottleneck", _BLOCK, structure.BOTTLENECK),

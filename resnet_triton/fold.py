@@ -52,8 +52,9 @@ def _foldable(model: nn.Module) -> Iterator[tuple[Place, Place]]:
         if not is_converted(block) or structure.transient_reason(block, spec) is not None:
             continue
         for u in spec.units:
-            yield _place(block, u.conv), _place(block, u.norm)
-        shortcut = getattr(block, spec.shortcut)
+            if u.norm:  # the BN in front of a pre-activation block stays: a ReLU is between it and the convolution
+                yield _place(block, u.conv), _place(block, u.norm)
+        shortcut = spec.shortcut_of(block)
         parts = structure.projection(shortcut) if structure.why_not_shortcut(shortcut, "") is None else None
         if parts is not None:
             yield (parts.owner, parts.conv_name), (parts.owner, parts.norm_name)

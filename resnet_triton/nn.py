@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .functional import ConvBN
+from .models.blocks import ZeroPad
 from .snapshot import Remembered
 from .structure import (
     STEMS,
@@ -94,11 +95,13 @@ def _apply_modules(
 
 
 class Block(NamedTuple):
-    """What runs of a fusable block: its units, and its projection shortcut behind ``before``.
+    """What runs of a fusable block: its units, and its shortcut: modules ``before``, which run by themselves (average
+    pool, zero padding), and behind them a projection.
 
     ``strided`` is the step at which the shortcut reads the block's input, 1 where the first convolution may not be
-    computed ahead of the rest. ``norms`` are the modules of the normalisations, the projection's last, where one of
-    them has batch statistics, else empty.
+    computed ahead of the rest; where that convolution has the same stride, nothing else of the input is read. ``norms``
+    are the modules of the normalisations, the projection's last, where one of them has batch statistics, else empty.
+    Without ``residual`` nothing is added: the block is a plain one.
     """
 
     first: ConvBN
@@ -107,6 +110,7 @@ class Block(NamedTuple):
     project: ConvBN | None
     strided: int
     norms: tuple[nn.Module, ...] = ()
+    residual: bool = True
 
 
 def _read(block: Converted) -> Block:
@@ -114,12 +118,14 @@ def _read(block: Converted) -> Block:
     pairs = [u.read(block)[:2] for u in spec.units]
     first, *rest = [unit(*pair) for pair in pairs]
     norms = [norm for _, norm in pairs]
-    parts = projection(getattr(block, spec.shortcut))
+    shortcut = spec.shortcut_of(block)
+    parts = projection(shortcut)
     if parts is None:
-        return Block(first, rest, (), None, 1, _if_training(norms))
+        before = (shortcut,) if type(shortcut) is ZeroPad else ()
+        return Block(first, rest, before, None, 1, _if_training(norms), spec.shortcut is not None)
     project = unit(parts.conv, parts.norm)
     norms.append(parts.norm)
-    plain = len(parts.before) == 0 and len(rest) == 2 and first.stride == 1
+    plain = len(parts.before) == 0 and len(rest) == 2 and first.stride in (1, project.stride)
     pointwise = all(u.weight.shape[2:] == (1, 1) and u.padding == 0 for u in (first, project))
     strided = project.stride if plain and pointwise else 1
     return Block(first, rest, parts.before, project, strided, _if_training(norms))
@@ -135,7 +141,9 @@ def _if_training(norms: list[nn.Module]) -> tuple[nn.Module, ...]:
 def _read_stage(stage: Converted) -> list[Block] | None:
     """The blocks of a stage if all of them run fused without being called, else None."""
     blocks = blocks_of(stage)
-    return None if blocks is None else [_read(block) for block in blocks]
+    if blocks is None or any(block._resnet_triton.spec.lead for block in blocks):  # see .preact
+        return None
+    return [_read(block) for block in blocks]
 
 
 _stage_blocks = Remembered(_read_stage)
@@ -151,9 +159,9 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
     t = ahead = None
     inference = not torch.is_grad_enabled()
     step = 1  # at which the block before stored x
-    for i, (first, rest, before, project, _, norms) in enumerate(blocks):
+    for i, (first, rest, before, project, _, norms, residual) in enumerate(blocks):
         last = i + 1 == len(blocks)
-        shortcut = x
+        shortcut: Any = x if residual else None
         for m in before:
             shortcut = m(shortcut)
         if norms:
@@ -168,11 +176,17 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
                 following=upcoming,
             )  # fmt: skip
             continue
+        if not residual:
+            for u in (first, *rest):
+                x = _apply(x, u)
+            continue
         if project is not None and step > 1:
-            project = project._replace(stride=1)
+            first, project = first._replace(stride=1), project._replace(stride=1)
         following, step = None, 1
-        if not last and len(blocks[i + 1].rest) == 2 and not blocks[i + 1].norms:
+        if not last and len(blocks[i + 1].rest) == 2 and blocks[i + 1].residual and not blocks[i + 1].norms:
             following, step = blocks[i + 1].first, blocks[i + 1].strided if inference else 1
+            if following.stride > 1 and step > 1:  # it reads what is stored, and no other pixel
+                following = None
         then: dict[str, Any] = {"downsample": project, "next": following, "subsample": step, "pool": pool and last}
         if t is None and len(rest) == 2 and len(before) == 0:
             x, t = functional.block_and_next(x, first, *rest, **then)
@@ -202,7 +216,7 @@ def _run_units(block: Converted, x: Tensor) -> Tensor:
     t = x
     for u in spec.units[:-1]:
         t = _run_unit(u, block, t)
-    shortcut = _run_shortcut(block, x)
+    shortcut = None if spec.shortcut is None else _run_shortcut(block, x)
     last = spec.units[-1]
     conv, norm, *then = last.read(block)
     activation = getattr(block, spec.activation)
@@ -215,6 +229,8 @@ def _run_units(block: Converted, x: Tensor) -> Tensor:
     y = _apply_modules(t, conv, norm, relu=False) if fusable else norm(conv(t))
     for m in rest:
         y = m(y)
+    if shortcut is None:
+        return activation(y)
     return functional.add_relu(y, shortcut) if relu else activation(y + shortcut)
 
 
@@ -234,9 +250,9 @@ def _run_unit(spec: UnitSpec, block: Converted, x: Tensor) -> Tensor:
 
 
 def _run_shortcut(block: Converted, x: Tensor) -> Tensor:
-    name = block._resnet_triton.spec.shortcut
-    shortcut = getattr(block, name)
-    if why_not_shortcut(shortcut, name) is not None:
+    spec = block._resnet_triton.spec
+    shortcut = spec.shortcut_of(block)
+    if type(shortcut) is ZeroPad or why_not_shortcut(shortcut, spec.shortcut) is not None:
         return shortcut(x)
     parts = projection(shortcut)
     if parts is None:

@@ -7,13 +7,14 @@ Every check returns a reason in words, or None.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from . import backend
+from .models.blocks import ZeroPad
 
 # Converted modules and their children: attributes that only a spec knows, so nothing for a type checker to see.
 Converted = Any
@@ -28,9 +29,13 @@ def child(m: Converted, path: str) -> Converted:
     return m
 
 
+#: Stands where a convolution has no normalisation behind it.
+NO_NORM = nn.Identity()
+
+
 @dataclass(frozen=True)
 class UnitSpec:
-    """Attribute paths of a convolution, its normalisation, and the modules that follow them in order."""
+    """Attribute paths of a convolution, its normalisation (``""``: none), and the modules that follow them in order."""
 
     conv: str
     norm: str
@@ -38,7 +43,8 @@ class UnitSpec:
 
     def read(self, block: Converted) -> list[Converted]:
         """Convolution, normalisation and the modules behind them of a block."""
-        return [child(block, path) for path in (self.conv, self.norm, *self.then)]
+        norm = child(block, self.norm) if self.norm else NO_NORM
+        return [child(block, self.conv), norm, *(child(block, path) for path in self.then)]
 
 
 @dataclass(frozen=True)
@@ -48,21 +54,39 @@ class BlockSpec:
     Args:
         units: of the main path, in order.
         activation: after the addition.
-        shortcut: None or an Identity, or a projection.
+        shortcut: attribute of the shortcut, which is None or an Identity, a projection, or zero padding; None where
+            nothing is added: the block is a plain one.
         branch: modules between the last unit and the addition.
         owners: modules that only group the others; they are not called when a block runs fused.
+        lead: of a pre-activation block, the attribute of the BN in front, or of None; a ReLU follows it, and none the
+            addition. See :mod:`.preact`.
     """
 
     units: tuple[UnitSpec, ...]
     activation: str = "relu"
-    shortcut: str = "downsample"
+    shortcut: str | None = "downsample"
     branch: tuple[str, ...] = ()
     owners: tuple[str, ...] = ()
+    lead: str = ""
+
+    def leads(self, block: Converted) -> list[Converted]:
+        """The BN in front of a block, if there is one."""
+        norm = getattr(block, self.lead) if self.lead else None
+        return [] if norm is None else [norm]
+
+    def shortcut_of(self, block: Converted) -> Converted:
+        """The shortcut of a block."""
+        return None if self.shortcut is None else getattr(block, self.shortcut)
 
 
 BASIC = BlockSpec((UnitSpec("conv1", "bn1", ("relu",)), UnitSpec("conv2", "bn2")))
+PLAIN = replace(BASIC, shortcut=None)
 BOTTLENECK = BlockSpec(
     (UnitSpec("conv1", "bn1", ("relu",)), UnitSpec("conv2", "bn2", ("relu",)), UnitSpec("conv3", "bn3"))
+)
+PREACT_BASIC = BlockSpec((UnitSpec("conv1", "bn2", ("relu",)), UnitSpec("conv2", "")), lead="bn1")
+PREACT_BOTTLENECK = BlockSpec(
+    (UnitSpec("conv1", "bn2", ("relu",)), UnitSpec("conv2", "bn3", ("relu",)), UnitSpec("conv3", "")), lead="bn1"
 )
 TIMM_BASIC = BlockSpec(
     (UnitSpec("conv1", "bn1", ("drop_block", "act1", "aa")), UnitSpec("conv2", "bn2")),
@@ -106,6 +130,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 IMAGENET = TrunkSpec(("conv1", "bn1", "relu", "maxpool", *_STAGES))
 TIMM = TrunkSpec(("conv1", "bn1", "act1", "maxpool", *_STAGES), pool="global_pool")
 CIFAR = TrunkSpec(("conv1", "bn1", "relu", *_STAGES[:3]))
+PREACT_CIFAR = TrunkSpec(("conv1", *_STAGES[:3]))
 #: Names of convolution, normalisation and activation at a network's entrance.
 STEMS = (IMAGENET.children[:3], TIMM.children[:3])
 
@@ -150,6 +175,12 @@ def frozen_eps(norm: Converted) -> float | None:
     return None
 
 
+def eps_of(norm: Converted) -> float:
+    """Epsilon of a BN that may run fused."""
+    eps = frozen_eps(norm)
+    return norm.eps if eps is None else eps
+
+
 def does_nothing(m: Converted) -> bool:
     """Whether a module between convolutions returns its input: absent, Identity, or regularisation that is off."""
     if m is None or type(m) is nn.Identity:
@@ -181,8 +212,8 @@ class Projection(NamedTuple):
 
 
 def projection(shortcut: Converted) -> Projection | None:
-    """The parts of a shortcut; None for identity. Ask :func:`why_not_shortcut` first."""
-    if shortcut is None or type(shortcut) is nn.Identity:
+    """The parts of a projection shortcut, else None. Ask :func:`why_not_shortcut` first."""
+    if shortcut is None or type(shortcut) in (nn.Identity, ZeroPad):
         return None
     before: tuple[nn.Module, ...] = ()
     owner: Converted = shortcut
@@ -196,9 +227,9 @@ def projection(shortcut: Converted) -> Projection | None:
     return Projection(tuple(m for m in before if not does_nothing(m)), owner, *names)
 
 
-def why_not_shortcut(shortcut: Converted, name: str) -> str | None:
+def why_not_shortcut(shortcut: Converted, name: str | None) -> str | None:
     """Why a shortcut cannot run fused, or None."""
-    if shortcut is None or type(shortcut) is nn.Identity:
+    if shortcut is None or type(shortcut) in (nn.Identity, ZeroPad):
         return None
     if type(shortcut) is not nn.Sequential and not _is_hugging_face(shortcut, SHORTCUTS):
         return f"{name} is not nn.Sequential(convolution, normalisation)"
@@ -236,6 +267,9 @@ def why_not_unit(spec: UnitSpec, conv: nn.Module, norm: nn.Module) -> str | None
 
 def structural_reason(block: Converted, spec: BlockSpec) -> str | None:
     """Why a block can never run fused as a whole as it is built, or None."""
+    for norm in spec.leads(block):
+        if reason := "is Identity" if type(norm) is nn.Identity else why_not_norm(norm):
+            return f"{spec.lead} {reason}"
     for i, u in enumerate(spec.units):
         conv, norm, *then = u.read(block)
         if reason := why_not_unit(u, conv, norm):
@@ -256,13 +290,13 @@ def structural_reason(block: Converted, spec: BlockSpec) -> str | None:
     activation = getattr(block, spec.activation)
     if type(activation) is not nn.ReLU:
         return f"{spec.activation} is {type(activation).__name__}; fused blocks apply nn.ReLU"
-    return why_not_shortcut(getattr(block, spec.shortcut), spec.shortcut) or _why_not_together(block, spec)
+    return why_not_shortcut(spec.shortcut_of(block), spec.shortcut) or _why_not_together(block, spec)
 
 
 def _why_not_together(block: Converted, spec: BlockSpec) -> str | None:
     """Why BN of a block that can each run fused cannot in one operator, or None."""
-    norms = [u.read(block)[1] for u in spec.units]
-    parts = projection(getattr(block, spec.shortcut))
+    norms = [*spec.leads(block), *(u.read(block)[1] for u in spec.units)]
+    parts = projection(spec.shortcut_of(block))
     if parts is not None:
         norms.append(parts.norm)
     first = None
@@ -282,7 +316,9 @@ def transient_reason(block: Converted, spec: BlockSpec) -> str | None:
     """What about hooks, patches and the mode keeps a block from running other than by its own forward now, or None."""
     if "forward" in block.__dict__:
         return "its forward was replaced on the instance"
-    modules = [getattr(block, spec.activation)]
+    modules = [getattr(block, spec.activation), *spec.leads(block)]
+    for norm in spec.leads(block):
+        check_not_sharded(norm, spec.lead, block)
     for u in spec.units:
         parts = u.read(block)
         check_not_sharded(parts[1], u.norm, block)
@@ -292,7 +328,7 @@ def transient_reason(block: Converted, spec: BlockSpec) -> str | None:
         if type(owner) is not nn.Sequential and not _is_hugging_face(owner, LAYERS):
             return f"{name} is {type(owner).__name__}"
         modules.append(owner)
-    shortcut = getattr(block, spec.shortcut)
+    shortcut = spec.shortcut_of(block)
     if shortcut is not None:
         for name, m in shortcut.named_modules():
             check_not_sharded(m, f"{spec.shortcut}.{name}", block)
@@ -334,14 +370,22 @@ def partial_reasons(block: Converted) -> dict[str, str]:
         m = getattr(block, name)
         if not does_nothing(m):
             reasons[name] = f"{name} is {type(m).__name__} between the last BN and the addition"
-    if reason := why_not_shortcut(getattr(block, spec.shortcut), spec.shortcut):
+    shortcut = spec.shortcut_of(block)
+    if spec.shortcut is not None and (reason := beside(shortcut) or why_not_shortcut(shortcut, spec.shortcut)):
         reasons[spec.shortcut] = reason
     return reasons
 
 
+def beside(shortcut: Converted) -> str | None:
+    """Why a shortcut is a step of its own in a block that runs fused, or None."""
+    if type(shortcut) is ZeroPad:
+        return "zero padding is a pass of its own; the block's last kernel adds what it gives"
+    return None
+
+
 def has_fusable_unit(block: Converted, spec: BlockSpec) -> bool:
-    """Whether any convolution of the main path can run fused."""
-    return any(why_not_unit(u, *u.read(block)[:2]) is None for u in spec.units)
+    """Whether any convolution of the main path can run fused in a block that cannot as a whole."""
+    return not spec.lead and any(why_not_unit(u, *u.read(block)[:2]) is None for u in spec.units)
 
 
 # Hooks, patches, modes
