@@ -1,8 +1,8 @@
 """The original Caffe models of the paper: ResNet-50, 101 and 152 as published by its authors.
 
-They differ from today's networks in four ways, which :func:`caffe_resnet` builds in: the stride of a stage is on its
-first 1x1 convolution, the max-pool has no padding and rounds its output size up, conv1 of ResNet-50 has a bias, and
-the images are prepared in another way: BGR, 0 to 255, minus the mean of the training images (no division).
+They differ from today's networks in three ways, which :func:`caffe_resnet` builds in: the stride of a stage is on its
+first 1x1 convolution, the max-pool has no padding and rounds its output size up, and conv1 of ResNet-50 has a bias.
+Their images are BGR, 0 to 255, minus the mean of the training images: :data:`resnet_triton.evaluation.CAFFE`.
 
 A ``.caffemodel`` is a protobuf message. :func:`read_caffemodel` reads the few fields that hold names and numbers; what
 it reads is data only, and every length is checked against the file before it is used.
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 #: Blocks of the four stages.
 STAGES = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-
-#: Mean of the ImageNet training images in the order B, G, R. The authors' own file has one value a pixel
-#: (``ResNet_mean.binaryproto``); this is the mean a channel that is used in its place.
-MEAN_BGR = (103.939, 116.779, 123.68)
 
 #: Arrays of each layer: convolution weight (and bias); BatchNorm mean, variance and their common factor; Scale gamma
 #: and beta; fully connected weight and bias.
@@ -132,7 +128,7 @@ def _entries(layer: str, arrays: list[np.ndarray]) -> list[tuple[str, np.ndarray
 def caffe_resnet(depth: int, weights: Any = None, **kwargs: Any) -> ResNet:
     """The network of the authors' Caffe model, converted; ResNet-50 has 25,557,096 parameters.
 
-    Its images are prepared by :func:`caffe_images`, not as torchvision's.
+    Its images are prepared by :data:`resnet_triton.evaluation.CAFFE`, not as torchvision's.
 
     Args:
         depth: 50, 101 or 152.
@@ -160,11 +156,6 @@ def caffe_resnet(depth: int, weights: Any = None, **kwargs: Any) -> ResNet:
     v1 = {"stride_in_1x1": True, "caffe_pool": True, "conv1_bias": depth == 50}
     model = ResNet(Bottleneck, STAGES[depth], **{**v1, **kwargs})
     return _finish(model, weights)
-
-
-def caffe_images(images: Tensor, mean: Sequence[float] = MEAN_BGR) -> Tensor:
-    """Images as the Caffe models take them: ``[N, 3, H, W]`` RGB from 0 to 255 become BGR minus ``mean``, in fp32."""
-    return images.float().flip(1) - torch.tensor(mean, device=images.device).view(3, 1, 1)
 
 
 class _Damaged(ValueError):

@@ -313,7 +313,7 @@ def _is_preact(state: Mapping[str, Tensor]) -> bool:
 
 def _way_out(state: Mapping[str, Tensor]) -> str:
     if _is_preact(state):
-        return "For pre-activation networks call preact_cifar_resnet."
+        return "For the pre-activation networks of the follow-up paper call preact_cifar_resnet."
     if _stages(state) and "layer1.0.bn1.weight" not in state:
         return "What `resnet-triton fold` wrote is read by resnet_triton.sources.load_model."
     if _shape(state, "conv1.weight")[2:] == (7, 7):

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from resnet_triton import fold
 from resnet_triton.caffe import (
-    MEAN_BGR,
     STAGES,
-    caffe_images,
     caffe_names,
     caffe_resnet,
     caffe_state_dict,
     depth_of,
     read_caffemodel,
 )
+from resnet_triton.evaluation import CAFFE
 from resnet_triton.models import Bottleneck, ResNet
 from tests.comparers import identical, same_math
 
@@ -159,7 +158,7 @@ def test_resnet_50_is_the_deploy_file_layer_by_layer(blobs: dict[str, list[np.nd
     # 25,557,096 with 1000 classes: conv1 has a bias, unlike torchvision's.
     assert sum(p.numel() for p in model.parameters()) == 25_557_096 - 990 * 2049
     images = torch.randint(0, 256, (1, 3, 46, 63), dtype=torch.uint8)
-    x = caffe_images(images).double()
+    x = CAFFE(images).double()
     expected = caffe_forward(blobs, x)
     model = model.double()
     # Statistics are divided in fp32 when they are read, so they are compared as they were stored.
@@ -174,12 +173,6 @@ def test_resnet_50_is_the_deploy_file_layer_by_layer(blobs: dict[str, list[np.nd
     with torch.no_grad():
         same_math(model(x), expected)
         same_math(fold(model)(x), expected)
-
-
-def test_images_are_bgr_minus_the_mean() -> None:
-    images = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
-    expected = torch.tensor([30.0, 20.0, 10.0]) - torch.tensor(MEAN_BGR)
-    identical(caffe_images(images).flatten(), expected)
 
 
 def test_a_state_dict_is_taken_too(blobs: dict[str, list[np.ndarray]]) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resnet_triton import fold
+from resnet_triton.checkpoints import FAMILIES
 from resnet_triton.models import CifarResNet, cifar_resnet
 from resnet_triton.weights import inspect, load_weights, shortcut_of
 from tests.comparers import identical, no_worse_than, same_math
@@ -367,3 +368,26 @@ def test_a_model_with_the_names_of_the_file_keeps_them() -> None:
 def test_a_misfit_says_what_the_file_holds() -> None:
     with pytest.raises(ValueError, match=r"does not fit CifarResNet.*It holds cifar_resnet\(14, .*shortcut='A-both'"):
         load_weights(CifarResNet(8, shortcut="A-both"), checkpoint(SHORTCUT, "A-both", 14))
+
+
+def test_the_documented_path_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs/checkpoints.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    state = checkpoint(SHORTCUT, "A-both", 20, counters=False)
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": module(state), "best_prec1": 91.78}, "resnet20-12fca82f.th")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    mean, std = (found[key].view(3, 1, 1) for key in ("mean", "std"))
+    x = (found["images"] - mean) / std
+    eager, reference = (logits(state, SHORTCUT, "A-both", v) for v in (x, x.double()))
+    no_worse_than(found["logits"].detach(), eager, reference)
+    line = next(line for line in page.splitlines() if line.startswith("    'resnet20"))
+    assert line.strip() == str(inspect("resnet20-12fca82f.th"))
+
+
+def test_the_page_has_a_row_for_each_family() -> None:
+    page = (Path(__file__).parent.parent / "docs/checkpoints.md").read_text()
+    assert [
+        family.name for family in FAMILIES if f"| {family.name}" not in page and family.mark != r"^fc\.weight$"
+    ] == []
