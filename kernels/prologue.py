@@ -79,11 +79,14 @@ def launch_bn_vectors(
     """The scale and shift by which convolutions normalise what they load, of a BN with constant statistics.
 
     Args:
-        gamma, beta, mean, var: ``[C]`` dense, of any float dtype; gamma and beta may be None (1 and 0).
+        gamma, beta, mean, var: ``[C]`` of any float dtype; gamma and beta may be None (1 and 0).
         eps: added to the variance.
     """
     c = mean.shape[0]
+    gamma, beta = (None if v is None else v.contiguous() for v in (gamma, beta))
     out = torch.empty(2, c, dtype=torch.float32, device=mean.device)
     count("bn_vectors")
-    bn_vectors[(cdiv(c, CHANNELS),)](gamma, beta, mean, var, eps, out[0], out[1], c, BC=CHANNELS, num_warps=4)
+    bn_vectors[(cdiv(c, CHANNELS),)](
+        gamma, beta, mean.contiguous(), var.contiguous(), eps, out[0], out[1], c, BC=CHANNELS, num_warps=4
+    )
     return Normalised(out[0], out[1])

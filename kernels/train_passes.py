@@ -1,6 +1,6 @@
 """The passes of a training step that no product takes along: BN's backward, and the ReLU's at a block's end.
 
-    bn_backward    out = g1 * dz + g2 + g3 * c                                   per channel, rounded once
+    bn_backward    out = g1 * dz + g2 + g3 * c [+ added]                         per channel, rounded once
     masked_sums    dz = dy where y > 0, else 0          sum of dz, sum of dz * c per channel
     bn_gradients   from those sums: dgamma, dbeta, and the factors g of bn_backward
 
@@ -24,7 +24,7 @@ PROGRAMS = 264
 
 
 @triton.jit
-def bn_backward(dz, c, g, out, M, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def bn_backward(dz, c, g, added, out, M, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """BM pixels times BN channels of a dense ``[M, C]``."""
     column_blocks = tl.cdiv(C, BN)
     m = tl.program_id(0) // column_blocks * BM
@@ -38,7 +38,12 @@ def bn_backward(dz, c, g, out, M, C: tl.constexpr, BM: tl.constexpr, BN: tl.cons
     offset = row[:, None] * C + k[None, :]
     gradient = tl.load(dz + start + offset, mask=inside, other=0.0)
     value = tl.load(c + start + offset, mask=inside, other=0.0)
-    tl.store(out + start + offset, bn_backward_of(gradient, value, g1[None, :], g2[None, :], g3[None, :]), mask=inside)
+    if added is None:
+        result = bn_backward_of(gradient, value, g1[None, :], g2[None, :], g3[None, :])
+    else:
+        result = bn_backward_of(gradient.to(tl.float32), value, g1[None, :], g2[None, :], g3[None, :])
+        result += tl.load(added + start + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + start + offset, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -109,12 +114,15 @@ def bn_gradients(
         tl.store(g + 2 * C + k, g3.to(tl.float32), mask=inside)
 
 
-def launch_bn_backward(dz: torch.Tensor, c: torch.Tensor, g: torch.Tensor, out: torch.Tensor) -> None:
+def launch_bn_backward(
+    dz: torch.Tensor, c: torch.Tensor, g: torch.Tensor, out: torch.Tensor, added: torch.Tensor | None = None
+) -> None:
     """Launches :func:`bn_backward`: the gradient of a raw convolution output ``c`` behind batch normalisation.
 
     Args:
         dz, c, out: ``[..., C]`` dense, one shape and dtype; ``out`` may be ``dz``.
         g: ``[3, C]`` fp32 dense, as :func:`launch_bn_gradients` writes it.
+        added: as ``out``: another gradient of ``c``, or None.
     """
     channels = c.shape[-1]
     m = c.numel() // max(1, channels)
@@ -122,7 +130,7 @@ def launch_bn_backward(dz: torch.Tensor, c: torch.Tensor, g: torch.Tensor, out: 
         return
     bn = min(128, max(16, next_power_of_two(channels)))
     count_launch("bn_backward")
-    bn_backward[(cdiv(m, ROWS) * cdiv(channels, bn),)](dz, c, g, out, m, C=channels, BM=ROWS, BN=bn, num_warps=4)
+    bn_backward[(cdiv(m, ROWS) * cdiv(channels, bn),)](dz, c, g, added, out, m, C=channels, BM=ROWS, BN=bn, num_warps=4)
 
 
 def _sums_tile(c: int) -> tuple[int, int]:

@@ -7,11 +7,13 @@ really runs, and records the answer; every other PyTorch operator is one row wit
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,7 @@ _NAMES = {
     "mm": "linear",
     "_to_copy": "cast",
     "clone": "copy",
+    "constant_pad_nd": "pad",
     "copy_": "copy",
 }
 # What a model that needs values, not only shapes, raises on shape-only tensors.
@@ -62,7 +65,8 @@ class Row:
     """One step of a plan.
 
     Args:
-        name: the module whose weight it uses; rows without a weight name the one before them.
+        name: the module whose weight it uses; rows without a weight name the one before them, unless their module has a
+            reason of its own not to be fused.
         op: what it computes.
         realisation: the kernel, or ``"cudnn"``, ``"onednn"``, ``"aten"``.
         config: the kernel's tiling, or ``""``.
@@ -198,6 +202,11 @@ class _Tracer(TorchDispatchMode):
                 *tensors, eps, group = args
                 self._run("train_stem_backward", (grad, *tensors, out, eps, group, [False, True, True, True]), {})
                 continue
+            if name == "train_preact":
+                from .training.preact import preact_backward_arguments
+
+                self._run("train_preact_backward", preact_backward_arguments(grad, args, out), {})
+                continue
             from .training.ops import backward_arguments
 
             self._run("train_block_backward", backward_arguments(grad, args, out, not first), {})
@@ -278,9 +287,26 @@ def reasons_not_fused(model: nn.Module) -> dict[str, str]:
             if stem is not None:
                 reason = structure.why_not_stem(*(children[child] for child in stem))
                 reasons |= {path + child: reason for child in (*stem, "maxpool") if child in children}
+                conv, pool = children[stem[0]], children.get("maxpool")
+                if reason is None and structure.is_imagenet_stem(conv) and type(pool) is nn.MaxPool2d:
+                    reasons[f"{path}maxpool"] = structure.why_not_pool(pool)
             if marker.kind == "container":
                 reasons[f"{path}fc"] = structure.why_not_head(m)
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+@contextmanager
+def _named(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
+    """While active, the rows of modules without weights that have a reason of their own go by their names."""
+    names = {id(m): name for name, m in model.named_modules() if name in tracer.reasons and not any(m.parameters())}
+    call = nn.Module.__call__
+
+    def named_call(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tracer.place = names.get(id(m), tracer.place)
+        return call(m, *args, **kwargs)
+
+    with patch.object(nn.Module, "__call__", named_call) if names else nullcontext():
+        yield
 
 
 def _converted_child(model: nn.Module) -> str:
@@ -374,7 +400,7 @@ def _trace(
     with mode, torch.no_grad():
         x = torch.empty(shape, dtype=getattr(model, "input_dtype", dtype), device=first.device)
         try:
-            with tracer, planning_for_cuda(target.is_cuda):
+            with tracer, planning_for_cuda(target.is_cuda), _named(model, tracer):
                 torch.func.functional_call(model, fakes, (x,))
                 tracer.go_back()
         except _NEEDS_VALUES as error:

@@ -492,14 +492,24 @@ def is_imagenet_conv(conv: Converted) -> bool:
     return sizes == ((7, 7), (2, 2), (3, 3), (1, 1), 3)
 
 
+def is_imagenet_stem(conv: Converted) -> bool:
+    """Whether a stem's convolution is the ImageNet one, which can be computed together with the max-pool behind it."""
+    return type(conv) is nn.Conv2d and is_imagenet_conv(conv)
+
+
 def is_imagenet_pool(pool: Converted) -> bool:
     """Whether this is the ImageNet stem's 3x3/2 max-pool, and may be bypassed."""
-    return (
-        type(pool) is nn.MaxPool2d
-        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
-        and not (pool.ceil_mode or pool.return_indices)
-        and why_not_now((pool,)) is None
-    )
+    return type(pool) is nn.MaxPool2d and why_not_pool(pool) is None
+
+
+def why_not_pool(pool: Converted) -> str | None:
+    """Why a max-pool is not computed with the ImageNet stem in front of it, or None."""
+    if (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (3, 2, 1, 1) or pool.ceil_mode:
+        return (
+            f"maxpool has kernel_size={pool.kernel_size}, stride={pool.stride}, padding={pool.padding}, "
+            f"ceil_mode={pool.ceil_mode}; the fused stem pools 3x3 windows at stride 2 with padding 1"
+        )
+    return "maxpool has return_indices=True" if pool.return_indices else why_not_now((pool,))
 
 
 def why_not_head(model: Converted) -> str | None:
