@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -21,7 +23,7 @@ from .._version import __version__
 #: Subcommands in the order of ``--help``. Module ``resnet_triton.cli.NAME`` holds HELP and EXAMPLE (one line each),
 #: ``arguments(parser)`` and ``run(args) -> exit code``; ValueError, OSError, ImportError, NotImplementedError and
 #: OutOfMemoryError become exit code 2.
-COMMANDS = ("info", "explain", "tune", "bench", "verify", "fold", "convert", "train")
+COMMANDS = ("info", "explain", "tune", "bench", "verify", "fold", "convert", "train", "eval")
 
 #: A reader that went away, as in ``resnet-triton explain | head``: what a shell reports for SIGPIPE.
 BROKEN_PIPE = 141
@@ -64,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     name = f"resnet-triton {args.command}"
     try:
-        code = args.run(args)
+        with _weights_reported():
+            code = args.run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -80,3 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _weights_reported() -> Iterator[None]:
+    """What was found in a file of weights, and renamed, goes to stderr."""
+    logger, handler = logging.getLogger("resnet_triton.weights"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

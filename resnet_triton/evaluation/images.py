@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..runs import data
-from .pixels import Pixels
+from .pixels import IMAGENET, Pixels
 
 
 class Labelled(NamedTuple):
@@ -28,34 +28,37 @@ class Labelled(NamedTuple):
     pixels: Pixels | None
     source: str
 
+    def set_channels(self, channels: int) -> None:
+        """Gives images of so many channels: 1 or 3 for digits, 3 for all others.
 
-def load_images(
-    spec: str, channels: int = 3, *, size: int | None = None, recipe: str | None = None, validation: int = 0
-) -> Labelled:
-    """The test images that ``--data`` names; nothing is needed of those to train on.
+        Raises:
+            ValueError: for another number.
+        """
+        if not self.files:
+            self.images.split.set_channels(channels)
+        elif channels != 3:
+            raise ValueError(f"the images of --data imagefolder have 3 channels, the model takes {channels}")
+
+
+def load_images(spec: str, *, size: int | None = None, recipe: str | None = None) -> Labelled:
+    """The test images that ``--data`` names; nothing is needed of those to train on, but of CIFAR their mean.
 
     Args:
         spec: as :mod:`resnet_triton.runs.data` has it. Of ``imagefolder:PATH``, the images are those of PATH/val, or
             PATH/test, or of PATH itself.
-        channels: that the network takes.
         size: height and width of small images; None is the data's own. Files have theirs.
-        recipe, validation: of the run whose test images are wanted.
+        recipe: of the run whose test images are wanted: some normalise them in their own way.
 
     Raises:
         ValueError, ImportError, OSError: as :func:`resnet_triton.runs.data.load_data` does.
     """
     kind = data.kind_of(spec)
     if kind == "imagefolder":
-        if channels != 3:
-            raise ValueError(f"the images of --data imagefolder have 3 channels, the model takes {channels}")
         return _folder(Path(spec.partition(":")[2]).expanduser())
-    found = data.load_data(
-        spec, size or data.DEFAULTS[kind].size, 0, recipe=recipe, validation=validation, uint8=channels == 3
-    )
-    found.set_channels(channels)
+    found = data.load_data(spec, size or data.DEFAULTS[kind].size, 0, recipe=recipe, uint8=True)
     pixels = None if found.normalisation is None else Pixels(*found.normalisation)
-    count = f"{len(found.test)} {'held-out training' if validation else 'test'} images"
-    return Labelled(_Each(found.test), found.classes, False, pixels, f"{count} of {spec}")
+    source = f"the {len(found.test)} test images of {spec}"
+    return Labelled(_Each(found.test), found.classes, False, pixels, source)
 
 
 def _folder(root: Path) -> Labelled:
@@ -69,8 +72,8 @@ def _folder(root: Path) -> Labelled:
     if place is root and (root / "train").is_dir():
         raise FileNotFoundError(f"--data 'imagefolder:{root}' has no folder val or test beside train to evaluate on")
     images = ImageFolder(str(place), loader=data._decoded)
-    source = f"{len(images)} images in {len(images.classes)} folders of {place}"
-    return Labelled(images, tuple(images.classes), True, None, source)
+    source = f"the {len(images)} images in {len(images.classes)} folders of {place}"
+    return Labelled(images, tuple(images.classes), True, IMAGENET, source)
 
 
 class _Each:
