@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_triton.runs import data
+from resnet_triton.models import resnet18
+from resnet_triton.runs import augment, data
 from resnet_triton.runs.data import Request
 
 
@@ -129,6 +130,71 @@ def test_workers_change_nothing_and_leave_the_models_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
+def test_padded_crops_are_crops_of_the_image_with_a_border():
+    images = torch.arange(3 * 2 * 6 * 5).view(3, 2, 6, 5)
+    fill = torch.tensor([-1, -2])
+    padded = fill.view(1, 2, 1, 1).expand(3, 2, 14, 13).clone()
+    padded[:, :, 4:-4, 4:-4] = images
+    every = torch.stack([augment.padded_crops(images[:1], torch.tensor([i]), fill)[0] for i in range(augment.CHOICES)])
+    assert augment.CHOICES == 2 * 9 * 9 and len(every.flatten(1).unique(dim=0)) == augment.CHOICES
+    choices = torch.tensor([80, 81, 2 * (9 * 8 + 3) + 1])  # the middle, the middle mirrored, the lowest rows mirrored
+    found = augment.padded_crops(images, choices, fill).permute(0, 3, 1, 2)
+    assert torch.equal(found[0], images[0]) and torch.equal(found[1], images[1].flip(-1))
+    assert torch.equal(found[2], padded[2, :, 8:14, 3:8].flip(-1))
+    assert torch.equal(augment.padded_crops(images[2:], choices[2:], fill)[0], found[2].permute(1, 2, 0))
+
+
+def test_every_padded_crop_is_as_likely():
+    pixels = np.zeros((8100, 3, 1, 1), np.uint8)
+    split = data._Small(torch.from_numpy(pixels), torch.zeros(8100), ([0.5] * 3, [1.0] * 3), None, 3, False)
+    counts = split._choices(7).bincount(minlength=augment.CHOICES)
+    assert len(counts) == augment.CHOICES and counts.min() > 20 and counts.max() < 90  # 50 each, give or take 5.6 sd
+    assert not torch.equal(split._choices(8), split._choices(7))
+
+
+def ramp() -> Image.Image:
+    """200x128 pixels: red grows across by 1 a pixel, green down; far enough from 0 and 255 for any change of colour."""
+    down, across = np.mgrid[0:128, 0:200]
+    return Image.fromarray(np.stack([across + 25, down + 25, np.full_like(down, 128)], 2).astype(np.uint8))
+
+
+def test_scaled_crops_cover_the_papers_range():
+    """The slope of the ramp in the crop tells the scale: of a 112 crop, the shorter side is 128 to 240."""
+    image, sides, mirrored, places = ramp(), [], 0, []
+    for i in range(300):
+        crop = augment.scaled_crop(image, 112, data.generator(0, 0, i)).float()
+        assert crop.shape == (112, 112, 3)
+        rise = (crop[-10:, :, 1].mean() - crop[:10, :, 1].mean()).item() / 102
+        run = (crop[:, -10:, 0].mean() - crop[:, :10, 0].mean()).item() / 102
+        assert abs(run) == pytest.approx(rise, rel=0.05)  # the aspect stays
+        sides.append(128 / rise)
+        mirrored += run < 0
+        places.append(crop[:, :, 1].mean().item() - 25)
+    assert 126 < min(sides) < 134 and 230 < max(sides) < 242
+    assert np.mean(sides) == pytest.approx((128 + 240) / 2, abs=8)  # uniform: 5 standard deviations of the mean
+    assert 110 < mirrored < 190
+    assert min(places) < 40 and max(places) > 88  # from top to bottom
+
+
+def test_scaled_crops_depend_on_their_generator_alone():
+    image = ramp()
+    first, again, other = (augment.scaled_crop(image, 28, data.generator(1, 2, i)) for i in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.dtype == torch.uint8
+    small = Image.fromarray(np.full((3, 2, 3), 9, np.uint8))
+    assert augment.scaled_crop(small, 224, data.generator(0)).shape == (224, 224, 3)
+
+
+def test_the_colour_noise_has_the_variances_of_the_components():
+    generator = data.generator(5)
+    shifts = torch.stack([augment.colour_shift(generator) for _ in range(4000)]).double() / 255
+    directions = torch.tensor(augment.DIRECTIONS, dtype=torch.float64)
+    assert (directions.T @ directions - torch.eye(3)).abs().max() < 1e-3  # orthonormal
+    found = (shifts @ directions).std(0) / torch.tensor(augment.DEVIATIONS)
+    assert (found / 0.1 - 1).abs().max() < 0.06  # 5 standard deviations
+    between = torch.corrcoef((shifts @ directions).T) - torch.eye(3)
+    assert between.abs().max() < 0.08 and shifts.mean(0).abs().max() < 2e-3
+
+
 # Folders
 
 
@@ -158,6 +224,35 @@ def test_folders_of_images(test, tmp_path):
     assert torch.equal(centres, found.test[Request(None, range(4))][0])
     workers = list(data.loader(found.train, [Request(0, [0, 7])], 1, False))
     assert torch.equal(workers[0][0], images)
+
+
+def test_a_request_without_images_has_none(tmp_path):
+    """The last one of a test that several processes share."""
+    pytest.importorskip("torchvision")
+    for uint8, shape in ((False, (0, 3, 24, 24)), (True, (0, 24, 24, 3))):
+        found = data.load_data(f"imagefolder:{image_folder(tmp_path)}", 24, 0, uint8=uint8)
+        images, labels = found.test[Request(None, [])]
+        assert images.shape == shape and labels.shape == (0,)
+
+
+@pytest.mark.parametrize("recipe", (None, "torchvision", "paper-imagenet"))
+def test_folders_with_a_recipe_are_normalised_here_or_on_the_device(recipe, tmp_path):
+    pytest.importorskip("torchvision")
+    spec = f"imagefolder:{image_folder(tmp_path)}"
+    whole, raw = (data.load_data(spec, 24, 0, recipe=recipe, uint8=uint8) for uint8 in (False, True))
+    identity = torch.nn.Identity()
+    for split, request in (("train", Request(2, [1, 5])), ("test", Request(None, [3]))):
+        (images, labels), (pixels, numbers) = getattr(whole, split)[request], getattr(raw, split)[request]
+        assert pixels.dtype == torch.uint8 and pixels.shape == (len(request.indices), 24, 24, 3)
+        assert torch.equal(raw.taken_by(identity)(pixels), images) and torch.equal(labels, numbers)
+    assert not torch.equal(whole.train[Request(3, [1])][0], whole.train[Request(2, [1])][0])
+    standard = data.load_data(spec, 24, 0).train[Request(2, [1])][0]
+    assert torch.equal(whole.train[Request(2, [1])][0], standard) == (recipe != "paper-imagenet")
+
+
+def test_the_stem_of_an_imagenet_network_takes_the_bytes():
+    found = data.Data("imagefolder", None, None, ("a",), "", (data.MEAN, data.STD))
+    assert found.taken_by(resnet18().eval()).why_not_fused() is None
 
 
 def test_the_id_of_folders_is_of_their_files(tmp_path):
