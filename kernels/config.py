@@ -20,7 +20,11 @@ CHAIN_KERNELS = ("conv_chain", "chain_rolling")
 #: Kernels at the ends of a network.
 END_KERNELS = ("conv1x1_pool", "stem_pool")
 #: Kernels of a training step.
-TRAIN_KERNELS = ("conv_stats", "conv_stats_rolling", "dgrad", "dgrad_rolling", "wgrad", "expand", "gram_dgrad")
+TRAIN_KERNELS = (
+    "conv_stats", "conv_stats_rolling", "dgrad", "dgrad_rolling", "wgrad", "wgrad_rolling", "expand", "gram_dgrad",
+)  # fmt: skip
+#: Kernels whose programs share the pixels of a weight gradient.
+WGRAD_KERNELS = ("wgrad", "wgrad_rolling")
 ALL_KERNELS = KERNELS + CHAIN_KERNELS + END_KERNELS
 #: Kernels that see the output pixels as one row.
 FLAT_KERNELS = ("conv1x1", "conv_pointer", "conv1x1_pool", "gram_dgrad")
@@ -73,7 +77,7 @@ class ConvConfig:
         persistent: programs per multiprocessor that walk over the tiles (:data:`PERSISTENT_KERNELS`); 0 is one program
             a tile.
         split: programs that share the reduction of a tile; a second kernel adds their sums (:data:`SPLIT_KERNELS` and
-            ``wgrad``).
+            :data:`WGRAD_KERNELS`).
         pdl: launched before the kernel in front has finished, from sm_90 on (:data:`PDL_KERNELS`).
     """
 
@@ -107,12 +111,13 @@ class ConvConfig:
             raise ValueError(
                 f"persistent={self.persistent} is for {', '.join(PERSISTENT_KERNELS)}, got kernel={self.kernel!r}"
             )
-        most = MOST_WGRAD_SPLITS if self.kernel == "wgrad" else MOST_SPLITS
+        most = MOST_WGRAD_SPLITS if self.kernel in WGRAD_KERNELS else MOST_SPLITS
         if type(self.split) is not int or not 1 <= self.split <= most:
             raise ValueError(f"split must be an int from 1 to {most}, got {self.split!r}")
-        if self.split > 1 and (self.kernel not in (*SPLIT_KERNELS, "wgrad") or self.persistent):
+        if self.split > 1 and (self.kernel not in SPLIT_KERNELS + WGRAD_KERNELS or self.persistent):
             raise ValueError(
-                f"split={self.split} is for {', '.join(SPLIT_KERNELS)} that are not persistent and wgrad, "
+                f"split={self.split} is for {', '.join(SPLIT_KERNELS)} that are not persistent and "
+                f"{', '.join(WGRAD_KERNELS)}, "
                 f"got kernel={self.kernel!r}, persistent={self.persistent}"
             )
         if not isinstance(self.pdl, bool):

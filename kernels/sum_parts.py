@@ -14,6 +14,8 @@ import triton.language as tl
 from .geometry import cdiv
 from .launch import count, needs_int64
 
+#: Bytes of the partial results of one launch: two of the largest gradient of a ResNet (3x3, 512 channels).
+MOST_PART_BYTES = 18 << 20
 #: Elements of a program: one 16-byte load of each part per thread.
 ELEMENTS, WARPS = 512, 4
 #: Parts that are in flight at a time.

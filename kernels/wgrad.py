@@ -27,11 +27,10 @@ from .config import MOST_WGRAD_SPLITS, ConvConfig, least_waste_box, next_power_o
 from .geometry import ConvShape, cdiv
 from .launch import count
 from .prologue import BNBackward, Normalised, bn_backward_of, bn_relu
-from .sum_parts import launch_sum_parts
+from .sum_parts import MOST_PART_BYTES, launch_sum_parts
 from .tiles import box_origin
+from .wgrad_rolling import launch_wgrad_rolling, rolling_wgrad_configs
 
-#: Bytes of the partial results of one launch: two of the largest gradient of a ResNet (3x3, 512 channels).
-MOST_PART_BYTES = 18 << 20
 #: Accumulators of a thread; the rest of its 255 registers holds operands and addresses.
 MOST_ACCUMULATORS = 192
 
@@ -240,7 +239,8 @@ def wgrad_configs(
         tiles = [(128, 64, 8, 2), (64, 64, 4, 2)] if normalised else [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
     else:
         tiles = [(128, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)]
-    return _tiled(tiles, shape, k, c, 32 if itemsize == 4 else 64, multiprocessors, prologue)
+    rolling = [] if prologue else rolling_wgrad_configs(shape, itemsize, multiprocessors)
+    return rolling + _tiled(tiles, shape, k, c, 32 if itemsize == 4 else 64, multiprocessors, prologue)
 
 
 def _undescribable(shape: ConvShape) -> bool:
@@ -334,7 +334,7 @@ def launch_wgrad(
     config: ConvConfig,
     precision: str,
 ) -> None:
-    """Launches :func:`wgrad` and, where there are several shares, ``sum_parts``.
+    """Launches :func:`wgrad`, or ``wgrad_rolling`` where that is the configuration's kernel; then ``sum_parts``.
 
     Args:
         dy: ``[N,P,Q,K]``, channels dense, other strides multiples of 16 bytes; all dense for a pointwise convolution.
@@ -344,12 +344,19 @@ def launch_wgrad(
         shape: of the forward convolution.
         dy_prologue: BN's backward, or a tensor y like dy: the gradient counts where y is positive. Or None.
         x_prologue: BN and ReLU of x; the padding is zero behind it. Or None.
-        config: ``box`` of pixels, ``bn`` output channels, ``bk`` input channels, ``split`` shares.
+        config: ``box`` of pixels, ``bn`` output channels, ``bk`` input channels, ``split`` shares; one share needs no
+            ``sum_parts``. ``wgrad_rolling`` has neither sums nor a prologue of dy.
         precision: of fp32 products, "tf32" or "ieee".
 
     Raises:
-        ValueError: no tensor map describes the strided x, or ``config.split`` exceeds the boxes of pixels.
+        ValueError: no tensor map describes the strided x, ``config.split`` exceeds the boxes of pixels, or the
+            configuration's kernel cannot compute this.
     """
+    if config.kernel == "wgrad_rolling":
+        if sums is not None or dy_prologue is not None:
+            raise ValueError("wgrad_rolling has neither sums nor a prologue of dy. Take a configuration of wgrad.")
+        launch_wgrad_rolling(dy, x, dw, shape, x_prologue, config)
+        return
     other, g = None, (None, None, None)
     kind = "none"
     if isinstance(dy_prologue, BNBackward):

@@ -445,7 +445,7 @@ class _Kernels:
 
 
 #: The argument of a training kernel that is written, where it is not ``y``.
-_WRITTEN = {"dgrad": "dx", "dgrad_rolling": "dx", "wgrad": "parts", "gram_dgrad": "out"}
+_WRITTEN = {"dgrad": "dx", "dgrad_rolling": "dx", "wgrad": "parts", "wgrad_rolling": "parts", "gram_dgrad": "out"}
 
 
 def _tensor(value: Any) -> Tensor | None:

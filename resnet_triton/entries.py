@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from .kernels.config import CHAIN_KERNELS, KERNELS, MOST_WGRAD_SPLITS, ROLLING_KERNELS, ConvConfig
+from .kernels.config import CHAIN_KERNELS, KERNELS, MOST_WGRAD_SPLITS, ROLLING_KERNELS, WGRAD_KERNELS, ConvConfig
 from .kernels.geometry import ChainShape, ConvShape
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _config(data: Any, where: str, kernels: Sequence[str]) -> ConvConfig:
     rows = _STRIP if data["kernel"] in ROLLING_KERNELS else _SIDE
     for side, most in zip(box, (_SIDE, rows, _SIDE), strict=True):
         check_whole(side, f"{where}.box", 1, most)
-    limits = {**_TILING, "split": (1, MOST_WGRAD_SPLITS)} if data["kernel"] == "wgrad" else _TILING
+    limits = {**_TILING, "split": (1, MOST_WGRAD_SPLITS)} if data["kernel"] in WGRAD_KERNELS else _TILING
     for name in limits.keys() & data.keys():
         check_whole(data[name], f"{where}.{name}", *limits[name])
     if not isinstance(data.get("pdl", False), bool):

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from .codegen import SHARED_LIMIT, Case, Metrics, arguments, compile_case
-from .kernels.config import END_KERNELS, KERNELS
+from .kernels.config import END_KERNELS, KERNELS, WGRAD_KERNELS
 from .kernels.geometry import ChainShape
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "codegen" / "golden.json"
@@ -76,7 +76,7 @@ def _beyond(value: float | None, bound: float, name: str) -> list[str]:
 def _scatters(case: Case) -> bool:
     """Whether what a kernel stores is no box: averages, fp32 parts, or nothing but every second row and column."""
     shape = case.uses[0].shape
-    if case.kernel == "wgrad":
+    if case.kernel in WGRAD_KERNELS:
         return True
     subsampled = isinstance(shape, ChainShape) and shape.subsample > 1 and shape.reduce is None
     return subsampled or case.kernel in END_KERNELS
@@ -84,7 +84,7 @@ def _scatters(case: Case) -> bool:
 
 def _expected_opcode(case: Case) -> str:
     """The matrix instruction of an architecture."""
-    if case.kernel == "wgrad":  # whose box of pixels is the depth; of fp32, either will do
+    if case.kernel in WGRAD_KERNELS:  # whose box of pixels is the depth; of fp32, either will do
         return "HGMMA" if case.dtype.itemsize == 2 else "HG?MMA"
     return {90: "HGMMA", 100: r"UTC\w*MMA"}.get(case.sm, "HMMA") if _wide(case) else "HMMA"
 

@@ -172,6 +172,11 @@ def _wgrad(a: Mapping[str, Any]) -> Nest:
     return Nest((Loop(cdiv(a["BOXES"], a["SPLIT"]), macs),), False, shares)
 
 
+def _wgrad_rolling(a: Mapping[str, Any]) -> Nest:
+    shares = cdiv(a["K"], a["BN"]) * cdiv(a["C"], a["BC"]) * a["SPLIT"]
+    return Nest((Loop(cdiv(a["STEPS"], a["SPLIT"]) + 2, 9 * a["TN"] * a["TW"] * a["BN"] * a["BC"]),), False, shares)
+
+
 def _expand(a: Mapping[str, Any]) -> Nest:
     bm, bn, projected = _bm(a), a["BN"], a["wd"] is not None
     macs, inner = bm * bn * a["CN"] if a["next_w"] is not None else 0, []
@@ -198,6 +203,7 @@ _TRAINING = {
     "dgrad": _dgrad,
     "dgrad_rolling": _dgrad_rolling,
     "wgrad": _wgrad,
+    "wgrad_rolling": _wgrad_rolling,
     "expand": _expand,
     "gram_dgrad": _gram_dgrad,
 }

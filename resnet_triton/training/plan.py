@@ -34,7 +34,8 @@ GRAM_STEPS = ("gram", "expand", "gram_dgrad")
 #: Steps that have configurations, and the kernels of those that are not named as the step.
 TUNED_STEPS = ("conv_stats", "dgrad", "wgrad", *GRAM_STEPS, "stem_conv_stats", "stem_wgrad")
 _KERNELS = {
-    "conv_stats": ("conv_stats", "conv_stats_rolling"), "dgrad": ("dgrad", "dgrad_rolling"), "gram": ("wgrad",),
+    "conv_stats": ("conv_stats", "conv_stats_rolling"), "dgrad": ("dgrad", "dgrad_rolling"),
+    "wgrad": ("wgrad", "wgrad_rolling"), "gram": ("wgrad",),
     "stem_conv_stats": ("conv_stats",), "stem_wgrad": ("wgrad",),
 }  # fmt: skip
 
@@ -278,6 +279,8 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
         from ..kernels.wgrad import wgrad_configs
 
         found = wgrad_configs(shape, size, work.prologue, work.backward, multiprocessors or 4)
+        if work.moments:
+            found = [config for config in found if config.kernel != "wgrad_rolling"]
     elif work.step == "gram":
         from ..kernels.wgrad import gram_configs
 
@@ -320,7 +323,13 @@ def predict(
         taps = prod(tap_group(work.shape, config))
         loaded = tiles / taps * depth * (tile_rows * (1 + work.backward) * taps + tile_columns)
     waves = 1.0  # programs that share the pixels fill the GPU
-    if config.kernel.endswith("_rolling"):  # each row three times, weights once, two rows more for each program
+    if config.kernel == "wgrad_rolling":  # a row of x once, one of dy three times, two rows more for each program
+        from ..kernels.wgrad_rolling import rolling_steps
+
+        steps = rolling_steps(work.shape, config) + 2 * config.split
+        loaded = tiles / 9 * steps * config.bm * (3 * tile_rows + tile_columns)
+        waves = steps * config.bm / depth
+    elif config.kernel.endswith("_rolling"):  # each row three times, weights once, two rows more for each program
         blocks = cdiv(columns, config.bn)
         programs = max(1, 2 * (target.multiprocessors or 4) // blocks)
         steps = programs * (cdiv(rows_of_tiles(config, work.shape), programs) + 2)
