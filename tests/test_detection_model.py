@@ -42,12 +42,12 @@ def pictures() -> list[Tensor]:
 
 def targets() -> list[dict[str, Tensor]]:
     boxes = ([[4.0, 5, 30, 40], [20, 10, 60, 45]], [[1.0, 20, 39, 60]])
-    return [
-        {"boxes": torch.tensor(b, dtype=torch.float64), "labels": torch.arange(len(b)) + 1} for b in boxes
-    ]
+    return [{"boxes": torch.tensor(b, dtype=torch.float64), "labels": torch.arange(len(b)) + 1} for b in boxes]
 
 
-@pytest.mark.parametrize("options", [{"depth": 50}, {"roi": "align", "roi_size": 3, "roi_stride": None}], ids=("50", "18"))
+@pytest.mark.parametrize(
+    "options", [{"depth": 50}, {"roi": "align", "roi_size": 3, "roi_stride": None}], ids=("50", "18")
+)
 def test_detections_are_those_of_the_plain_and_of_the_folded_detector(options: dict) -> None:
     ours = detector(**options)
     plain = unconvert(ours)

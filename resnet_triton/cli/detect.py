@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..detection.data import DetectionData, coco, shapes, voc
-from ..detection.fit import Fit, Recipe, detect
+from ..detection.fit import RECORD_EVERY, Fit, Recipe, detect
 from ..detection.metrics import summary
 from ..runs import config
 from ..runs.checkpoint import Checkpoints
@@ -61,7 +61,6 @@ DEFAULTS = {
     "shapes": Defaults("2000", "100", _SHAPES, Recipe(steps=300, lr=0.02, drops=(240,), warmup=5, batch_size=8)),
 }
 ALLOWED = "voc:PATH, coco:PATH, shapes"
-REPORT_EVERY = 20  # steps
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +171,7 @@ def _train(args: argparse.Namespace, kind: str, path: str) -> int:
     about = {"configuration": configuration}
     with Stop() as stop:
         for row in fit.run():
-            if row["step"] % REPORT_EVERY == 0:
+            if row["step"] % RECORD_EVERY == 0:
                 _say(args, "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
             if stop.requested or fit.step % args.save_every == 0 or fit.step == recipe.steps:
                 fit.save(checkpoints, about)

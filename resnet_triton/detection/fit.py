@@ -21,6 +21,8 @@ from ..runs.interrupt import leave_group
 from .data import DetectionData
 from .metrics import Found
 
+RECORD_EVERY = 20  # steps, in the history of a run
+
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
@@ -112,7 +114,8 @@ class Fit:
             group["lr"] = recipe.rate(self.step)
         losses = self.model([x.to(self.device) for x in images], [_on(t, self.device) for t in targets])
         total = torch.stack(list(losses.values())).sum()
-        row = {"step": self.step + 1, "loss": total.item(), **{name: value.item() for name, value in losses.items()}}
+        values = torch.stack([total, *losses.values()]).tolist()
+        row = {"step": self.step + 1, **dict(zip(("loss", *losses), values, strict=True))}
         if row["loss"] - row["loss"] != 0:  # NaN or infinite
             raise ValueError(
                 f"the loss is {row['loss']} in step {self.step + 1}: the training diverged. Choose a lower learning "
@@ -124,7 +127,8 @@ class Fit:
             nn.utils.clip_grad_norm_(self.named.values(), recipe.max_norm)
         self.optimizer.step()
         self.step += 1
-        self.history.append(row)
+        if self.step % RECORD_EVERY == 0 or self.step == recipe.steps:
+            self.history.append(row)
         return row
 
     def save(self, checkpoints: Checkpoints, about: Mapping[str, Any]) -> None:
@@ -173,7 +177,7 @@ def fit_detector(
         watch: is called with the losses of every step.
 
     Returns:
-        The losses of every step.
+        The losses of every 20th step and of the last.
     """
     fit = Fit(model, data, recipe or Recipe(), device, workers)
     for row in fit.run():
