@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .. import macs, models
+from .. import models
 from ..convert import convert
 from ..tables import DISTURBED, significant
 from ..timing import Bystanders, clock_for, interleave, percentiles
@@ -115,6 +115,8 @@ def report(table: Table) -> Report:
 
 
 def _measured(entry: Entry, batch: int, device: torch.device, seconds: float) -> dict[str, Any] | None:
+    from .. import macs
+
     try:
         model = _built(entry)
     except ImportError:

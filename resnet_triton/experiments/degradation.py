@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .. import macs
 from ..runs.data import Data
 from . import nets
 from .nets import Net
@@ -91,6 +90,8 @@ def epochs(results: Sequence[Result]) -> Table:
 
 def summarise(results: Sequence[Result], data: Data, plan: Plan) -> Table:
     """A line for each net: its size, and errors after the last epoch over its seeds."""
+    from .. import macs
+
     groups: dict[Net, list[Result]] = {}
     for result in results:
         groups.setdefault(result.run.net, []).append(result)
