@@ -1,6 +1,7 @@
 """Finds a model by name: the ``--model`` of every command.
 
-``resnet50``                    a builder of this package
+``resnet50``                    a network of this package
+``cifar_resnet20``              a family of this package and a depth; also ``cifar_plain``, ``preact_cifar_resnet``
 ``torchvision:resnet50``        any name of ``torchvision.models.list_models()``
 ``timm:resnet50``               any name of ``timm.list_models()``
 ``hf:FOLDER``                   a Hugging Face model in a local folder, or its ``config.json``
@@ -15,31 +16,37 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import models
 from .convert import unconvert
 from .fold import fold
+from .models import CifarResNet, build_by_name
+from .models.names import builders, is_known, takes
 from .weights import _is_name, load_weights
 
-#: Metadata key of a ``.safetensors`` file that holds the state_dict of a folded model.
+#: Metadata keys of a ``.safetensors`` file that holds the state_dict of a folded model: the model's name, and the
+#: arguments of its builder, for nothing in a folded state_dict says how the shortcuts are padded.
 FOLDED = "resnet_triton.folded"
+ARGUMENTS = "resnet_triton.arguments"
 
 
-def load_model(spec: str, *, weights: str | None = None) -> nn.Module:
+def load_model(spec: str, *, weights: str | None = None, arguments: Mapping[str, Any] | None = None) -> nn.Module:
     """The model that ``spec`` names, in eval mode, not converted.
 
     Args:
         spec: see this module's text. A module is looked for in the current folder first.
-        weights: a ``.pth`` or ``.safetensors`` file, or the name of torchvision's weights for this model, which are
-            downloaded; None is random weights, or those that ``spec`` brings itself. A file that
-            ``resnet-triton fold`` wrote gives the folded model.
+        weights: a file that :func:`resnet_triton.weights.load_weights` reads, or the name of torchvision's weights for
+            this model, which are downloaded; None is random weights, or those that ``spec`` brings itself. A CIFAR
+            network takes its classes and shortcuts from the file. A file that ``resnet-triton fold`` wrote gives the
+            folded model.
+        arguments: of the builder of a network of this package, such as ``{"shortcut": "A"}``.
 
     Raises:
         ValueError: for a name that is not known, with the nearest known ones; for what the user's function raises,
@@ -51,7 +58,12 @@ def load_model(spec: str, *, weights: str | None = None) -> nn.Module:
     if not spec.strip():
         raise ValueError(f"model is empty; allowed: {', '.join(builders())}, {_FORMS}")
     if ":" not in spec:
-        return _finish(_builder(spec)(), weights)
+        return _own(spec, weights, dict(arguments or {}))
+    if arguments:
+        raise ValueError(
+            f"model {spec!r} takes no arguments here ({', '.join(arguments)}): only this package's networks do; name a "
+            "function that passes them: package.module:function"
+        )
     if not rest:
         raise ValueError(f"model {spec!r} ends with a colon; allowed: {_FORMS}")
     if prefix == "torchvision":
@@ -66,25 +78,31 @@ def load_model(spec: str, *, weights: str | None = None) -> nn.Module:
 _FORMS = "torchvision:NAME, timm:NAME, hf:FOLDER, package.module:function"
 
 
-def builders() -> dict[str, Callable[..., nn.Module]]:
-    """This package's builders that need no argument, by name."""
-    found = {name: getattr(models, name) for name in models.__all__ if inspect.isfunction(getattr(models, name))}
-    required = inspect.Parameter.empty
-    return {
-        name: build
-        for name, build in found.items()
-        if all(
-            p.default is not required or p.kind is p.VAR_KEYWORD for p in inspect.signature(build).parameters.values()
-        )
-    }
-
-
-def _builder(name: str) -> Callable[..., nn.Module]:
-    known = builders()
-    if name not in known:
+def _own(name: str, weights: str | None, arguments: dict[str, Any]) -> nn.Module:
+    """A network of this package."""
+    if not is_known(name):
+        known = builders()
         hint = [f"torchvision:{name}"] if name in _torchvision_names() else difflib.get_close_matches(name, known)
         raise ValueError(f"model {name!r} is not known{_did_you_mean(hint)}; allowed: {', '.join(known)}, {_FORMS}")
-    return known[name]
+    folded = None if weights is None else _folded(weights)
+    if folded is not None:
+        stored = json.loads(folded.get(ARGUMENTS, "{}"))
+        arguments = {key: value for key, value in stored.items() if takes(name, key)} | arguments
+    elif weights is not None and not _is_name(weights) and takes(name, "in_channels"):
+        # A CIFAR network: how it is built depends on the file.
+        return _finish(build_by_name(name, weights=weights, **arguments), None)
+    return _finish(build_by_name(name, **arguments), weights)
+
+
+def arguments_of(model: nn.Module) -> dict[str, Any]:
+    """Arguments that give a CIFAR network again, whatever its file said; none of others."""
+    if not isinstance(model, CifarResNet):
+        return {}
+    return {
+        "num_classes": model.fc.out_features,
+        "in_channels": model.conv1.in_channels,
+        "shortcut": model.shortcut,
+    }
 
 
 def _did_you_mean(names: Iterable[str]) -> str:
@@ -95,24 +113,28 @@ def _did_you_mean(names: Iterable[str]) -> str:
 def _finish(model: nn.Module, weights: str | None) -> nn.Module:
     """The model with its weights, in eval mode, not converted."""
     model.eval()
-    if weights is not None and _is_folded(weights):
+    if weights is not None and _folded(weights) is not None:
         fold(model, inplace=True)
     load_weights(model, weights)
     return unconvert(model, inplace=True)
 
 
-def _is_folded(weights: str) -> bool:
-    """Whether this is a file that ``resnet-triton fold`` wrote; any fault of it is for ``load_weights`` to name."""
+def _folded(weights: str) -> dict[str, str] | None:
+    """The metadata of a file that ``resnet-triton fold`` wrote; None for others.
+
+    Any fault of the file is for ``load_weights`` to name.
+    """
     path = Path(weights).expanduser()
     if path.suffix.lower() != ".safetensors" or not path.is_file():
-        return False
+        return None
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return FOLDED in (file.metadata() or {})
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError):
-        return False
+        return None
+    return metadata if FOLDED in metadata else None
 
 
 def _torchvision_names() -> list[str]:

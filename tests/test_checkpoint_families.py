@@ -16,7 +16,9 @@ from torch import Tensor
 
 from resnet_triton import fold
 from resnet_triton.checkpoints import FAMILIES
+from resnet_triton.cli import main
 from resnet_triton.models import CifarResNet, cifar_resnet
+from resnet_triton.sources import load_model
 from resnet_triton.weights import inspect, load_weights, shortcut_of
 from tests.comparers import identical, no_worse_than, same_math
 
@@ -391,3 +393,45 @@ def test_the_page_has_a_row_for_each_family() -> None:
     assert [
         family.name for family in FAMILIES if f"| {family.name}" not in page and family.mark != r"^fc\.weight$"
     ] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shortcut", "names", "classes"),
+    [
+        ("cifar_resnet8", "A-both", SHORTCUT, 10),
+        ("resnet8", "A", LETTERS, 7),
+        ("cifar_resnet8", "B", PLAIN, 100),
+        ("cifar_plain8", "none", PLAIN, 10),
+    ],
+)
+def test_commands_build_what_the_file_holds_and_say_so(
+    name: str, shortcut: str, names: tuple[str, ...], classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"state_dict": module(checkpoint(names, shortcut, 8, classes))}, tmp_path / "m.th")
+    original, folded = str(tmp_path / "m.th"), str(tmp_path / "folded.safetensors")
+    assert main(["fold", "--model", name, "--weights", original, "--output", folded]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "m.th': names of" in said and "'module.' removed" in said and f"cifar_resnet(8, num_classes={classes}" in said
+    )
+    model, again = load_model(name, weights=original), load_model(name, weights=folded)
+    assert isinstance(model, CifarResNet) and isinstance(again, CifarResNet)
+    assert model.shortcut == again.shortcut == shortcut and again.fc.out_features == classes
+    assert not any(key.endswith("running_var") for key in again.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        unfolded = model(x)
+        reference = model.double()(x.double())
+        no_worse_than(again(x), unfolded, reference)
+    assert main(["convert", "--model", name, "--weights", folded]) == 0
+
+
+def test_arguments_of_the_builder(tmp_path: Path) -> None:
+    state = checkpoint(PLAIN, "A", 8)
+    torch.save(state, tmp_path / "m.pth")
+    model = load_model("cifar_resnet8", weights=str(tmp_path / "m.pth"), arguments={"shortcut": "A-both"})
+    assert isinstance(model, CifarResNet) and model.shortcut == "A-both"
+    with pytest.raises(ValueError, match=r"shortcut='B', but .*m\.pth.* has no projections"):
+        load_model("cifar_resnet8", weights=str(tmp_path / "m.pth"), arguments={"shortcut": "B"})
+    with pytest.raises(ValueError, match="'torchvision:resnet18' takes no arguments here"):
+        load_model("torchvision:resnet18", arguments={"num_classes": 3})

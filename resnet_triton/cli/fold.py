@@ -12,7 +12,7 @@ from torch import nn
 from .._version import __version__
 from ..explain import reasons_not_fused
 from ..fold import fold
-from ..sources import FOLDED, load_model
+from ..sources import ARGUMENTS, FOLDED, arguments_of, load_model
 from .common import model_arguments, note_random_weights, output_file, written_whole
 
 HELP = "fold BN into the convolutions and save the weights as .safetensors"
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise ValueError(f"nothing to fold in {args.model}: {why or 'it has no BN'}. Nothing was written.")
     state = {name: tensor.detach().contiguous().clone() for name, tensor in folded.state_dict().items()}
-    metadata = {"format": "pt", FOLDED: args.model, "resnet_triton.version": __version__}
+    arguments = json.dumps(arguments_of(model))
+    metadata = {"format": "pt", FOLDED: args.model, ARGUMENTS: arguments, "resnet_triton.version": __version__}
     with written_whole(target) as part:
         try:
             save_file(state, part, metadata)

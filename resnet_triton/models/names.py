@@ -73,7 +73,7 @@ def _split(name: str) -> tuple[str, int] | None:
     match = re.fullmatch(r"(\D+)(\d+)", name)
     if match is None:
         return None
-    family = "cifar_resnet" if match[1] == "resnet" else match[1]
+    family = "cifar_resnet" if match[1] == "resnet" and int(match[2]) % 6 == 2 else match[1]
     return (family, int(match[2])) if family in FAMILIES else None
 
 
