@@ -19,6 +19,7 @@ from resnet_triton.runs.recipes import RECIPES
 from resnet_triton.runs.schedule import Reached, learning_rate
 from tests.test_cifar_files import binary, of_python_2, write
 from tests.test_train_cli import SMALL, folder, names, refused, rows, same_runs, stopped_at, train
+from tests.test_train_data import image_folder
 
 __all__ = ["folder"]  # a fixture: each test runs in an empty folder with a small network of the user
 
@@ -188,7 +189,7 @@ def configuration(output: str = "run") -> dict[str, object]:
 def test_two_epochs_on_cifar_and_what_was_said_is_kept(folder, capsys):
     for version in (binary, of_python_2):
         write(folder / version.__name__, version)
-    few = ("--model", "resnet8", "--epochs", "2", "--batch-size", "6", "--device", "cpu")
+    few = ("--model", "resnet8", "--epochs", "2", "--batch-size", "6", "--device", "cpu", "--workers", "0")
     assert train("--data", "cifar10:binary", "--recipe", "paper-cifar", *few) == 0
     err = capsys.readouterr().err
     assert "30 training and 6 test images, 10 classes, 2 epochs" in err
@@ -212,6 +213,20 @@ def test_two_epochs_on_cifar_and_what_was_said_is_kept(folder, capsys):
     assert [row["lr"] for row in rows("other")] == ["0.01", "0.01"]  # the first 400 steps
     text = refused(capsys, "--data", "cifar10:binary", "--recipe", "torchvision", *few)
     assert "torchvision is for --data imagefolder, got cifar10; allowed with cifar10: paper-cifar, preact-cifar" in text
+
+
+def test_a_recipe_on_folders_goes_on_to_the_same_bits(folder, capsys):
+    """With uint8 batches, an average of the weights, and the error of a plateau."""
+    pytest.importorskip("torchvision")
+    image_folder(folder / "images")
+    few = ("--data", "imagefolder:images", "--model", "users_train_net:coloured", "--size", "16", "--device", "cpu")
+    more = (*few, "--recipe", "paper-imagenet", "--iterations", "7", "--batch-size", "2", "--ema", "0.9")
+    assert train(*more, "--workers", "0", output="whole") == 0
+    assert "7 iterations of 2 images, learning rate 0.1 divided by 10 where the error" in capsys.readouterr().err
+    assert len(rows("whole")) == 2 and rows("whole")[0]["ema_test_error"]
+    assert stopped_at(4, 2, *more, "--workers", "0") == 130
+    assert train(*more, "--workers", "1") == 0
+    same_runs("whole", "run")
 
 
 def test_recipes_are_listed(capsys):

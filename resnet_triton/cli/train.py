@@ -122,7 +122,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--download", action="store_true", help="fetch the files of cifar10:PATH or cifar100:PATH where they are not"
     )
     parser.add_argument(
-        "--workers", type=natural, help="processes that read images (default: 0, of an imagefolder 8 or the cores)"
+        "--workers",
+        type=natural,
+        help=f"processes that prepare batches (default: {_defaults('workers')}, at most the cores)",
     )
     parser.add_argument(
         "--save-every",

@@ -112,8 +112,8 @@ DEFAULTS = {
     "digits": Defaults("resnet20", 32, 1, 15, 64, 0.1, 0),
     "mnist5k": Defaults("resnet20", 28, 1, 20, 128, 0.1, 0),
     "imagefolder": Defaults("resnet50", 224, 3, 90, 256, 0.1, 8),
-    "cifar10": Defaults("resnet20", 32, 3, 164, 128, 0.1, 0),
-    "cifar100": Defaults("resnet20", 32, 3, 164, 128, 0.1, 0),
+    "cifar10": Defaults("resnet20", 32, 3, 164, 128, 0.1, 2),
+    "cifar100": Defaults("resnet20", 32, 3, 164, 128, 0.1, 2),
 }
 FROM_FILES = ("imagefolder", *cifar.VERSIONS)
 
