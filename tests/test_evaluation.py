@@ -298,12 +298,13 @@ class Odd(nn.Module):
 
 def test_images_of_small_data_are_those_of_the_test_split():
     pytest.importorskip("sklearn")
-    found = load_images("digits", channels=1)
+    found = load_images("digits", size=24)
     assert (len(found.images), len(found.classes), found.files, found.pixels) == (359, 10, False, None)
-    images, labels = load_data("digits", 32, 0).test[Request(None, range(359))]
+    images, labels = load_data("digits", 24, 0).test[Request(None, range(359))]
     image, label = found.images[17]
     assert torch.equal(image, images[17]) and label == labels[17]
-    assert load_images("digits", channels=1, size=24).images[0][0].shape == (1, 24, 24)
+    found.set_channels(3)
+    assert torch.equal(found.images[17][0], images[17].expand(3, -1, -1))
 
 
 def test_images_of_folders_need_no_training_images(tmp_path):
@@ -322,7 +323,7 @@ def test_images_of_folders_need_no_training_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
         load_images(f"imagefolder:{tmp_path / 'none'}")
     with pytest.raises(ValueError, match="have 3 channels, the model takes 1"):
-        load_images(f"imagefolder:{tmp_path / 'data'}", channels=1)
+        found.set_channels(1)
     (tmp_path / "data" / "train" / "dog" / "0.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"dog/0.png' cannot be read"):
         load_images(f"imagefolder:{tmp_path / 'data/train'}").images[1]
