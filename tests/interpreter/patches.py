@@ -9,6 +9,9 @@ A maximum or minimum that is to ignore NaN keeps it; the hardware's does not.
 A fused multiply-add in fp32 rounds the product too.
 
 A loop with run-time bounds asks numpy to make an integer of an array, which numpy deprecates and, from 2.4 on, refuses.
+
+Every call of a device function looks through all of triton's language for what to replace, a third of the tests' time.
+Here what is replaced stays so, and is looked for once.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ original_cast = Builder.cast_impl
 original_fp_to_fp = Builder.create_fp_to_fp
 original_binary = Builder.binary_op
 original_patch_tensor = interpreter._patch_lang_tensor
+original_patch_lang = interpreter._patch_lang
 
 
 def decode(bits: np.ndarray) -> np.ndarray:
@@ -91,6 +95,28 @@ def patch_tensor(tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+class Kept(interpreter._LangPatchScope):
+    """What stays replaced behind a launch."""
+
+    def restore(self) -> None:
+        self._changes.clear()
+
+
+replaced: set[tuple[bool, bool]] = set()  # of the modules tl and tl.core
+seen: dict[int, tuple[bool, bool]] = {}  # what a kernel's module has of them, by its globals
+
+
+def patch_lang(fn):
+    names = seen.get(id(fn.__globals__))
+    if names is None:
+        values = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        names = seen[id(fn.__globals__)] = (tl in values, tl.core in values)
+    if names not in replaced:
+        original_patch_lang(fn)
+        replaced.add(names)
+    return Kept()
+
+
 def install() -> None:
     """Patches the interpreter of this process."""
     Builder.create_dot = create_dot
@@ -102,3 +128,4 @@ def install() -> None:
     Builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
     Builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang = patch_lang
