@@ -127,10 +127,9 @@ def run(args: argparse.Namespace) -> int:
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     content = output.write(report, folder, settings, name, _command(args, settings))
     if args.json:
-        print(json.dumps({**content, "files": report.files}, indent=1))
+        print(json.dumps(content, indent=1))
         return 0
-    table = tables.plain(output.cells(report.summary, report.shown))
-    print("\n".join([*table, "", *report.verdict, "", f"files: {', '.join(report.files)}"]))
+    print("\n".join([*tables.plain(report.cells()), "", *report.lines, "", f"files: {', '.join(content['files'])}"]))
     return 0
 
 

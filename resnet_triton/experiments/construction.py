@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..runs.data import Data, Request
 from . import nets
 from .nets import Net
-from .output import Report, Shown, Table, spans, spread, text
+from .output import Images, Report, Shown, Table, Tables, spans, spread, text
 from .plan import Plan
 from .pool import Watch, run_all
 from .runs import Result, Run, Store, data_of, further, seeds_of
@@ -141,8 +141,14 @@ def run(
     onward = [further(run, Net(run.net.kind, depth), on) for run in first for depth in depths]
     trained += run_all(onward, folder, jobs, watch)
     store = Store(folder)
-    exact = [_checked(run, high, store) for run in first]
-    return report(trained, exact, (low, high), data_of(plan, 0), on)
+    check = [_checked(run, high, store) for run in first]
+    data = data_of(plan, 0)
+    table = _ends(trained, low)
+    return Report(
+        "construction",
+        {"": table, "check": check, "summary": summarise(table)},
+        Images(len(data.train), len(data.test)),
+    )
 
 
 def goes_on(plan: Plan, epochs: int, lr: float) -> Plan:
@@ -179,82 +185,67 @@ def outputs(model: nn.Module, data: Data) -> Tensor:
     return torch.cat([model(data.test[Request(None, place)][0]) for place in places])
 
 
-def report(results: Sequence[Result], exact: Table, depths: tuple[int, int], data: Data, on: Plan) -> Report:
-    """Tables, picture and verdict."""
-    groups = grouped(results, depths)
-    table = summarise(groups)
-    lines, facts = verdict(groups, exact, depths, 1 / len(data.train))
-    return Report(
-        "construction",
-        {"": exact, "summary": table},
-        SHOWN,
-        lines,
-        {**facts, "further_training": {"epochs": on.epochs, "lr": on.lr, "schedule": on.schedule}},
-        lambda figure: draw(figure, groups),
-    )
-
-
-Groups = dict[str, dict[str, list[Result]]]
-
-
-def grouped(results: Sequence[Result], depths: tuple[int, int]) -> Groups:
-    """Runs by kind and by what they are; those with identity blocks begin as the shallow nets and are not runs."""
-    low, high = depths
-    names = {(low, False): SHALLOW, (low, True): SHALLOW_ON, (high, True): BUILT_ON, (high, False): SCRATCH}
-    groups: Groups = {}
+def _ends(results: Sequence[Result], low: int) -> Table:
+    """A line for each run: errors after its last epoch."""
+    names = {(True, False): SHALLOW, (True, True): SHALLOW_ON, (False, True): BUILT_ON, (False, False): SCRATCH}
+    rows = []
     for result in results:
-        run = result.run
-        name = names[run.net.depth, run.start is not None]
-        groups.setdefault(run.net.kind, {name: [] for name in names.values()})[name].append(result)
+        net = result.run.net
+        name = names[net.depth == low, result.run.start is not None]
+        line = {"kind": net.kind, "net": name, "depth": net.depth, "seed": result.run.seed}
+        rows.append(line | {column: result.last(column) for column in ("epoch", *ERRORS)})
+    return sorted(rows, key=lambda row: (row["kind"], list(names.values()).index(row["net"]), row["seed"]))
+
+
+Groups = dict[str, dict[str, list[dict[str, Any]]]]
+
+
+def grouped(table: Table) -> Groups:
+    """Runs by kind and by what they are; those with identity blocks begin as the shallow nets and are no runs."""
+    groups: Groups = {}
+    for row in table:
+        groups.setdefault(row["kind"], {}).setdefault(row["net"], []).append(row)
     return groups
 
 
-def summarise(groups: Groups) -> Table:
+def summarise(table: Table) -> Table:
     """A line for each kind and what it is."""
-    table = []
-    for kind, named in groups.items():
-        for name, group in named.items():
-            line: dict[str, Any] = {"kind": kind, "net": name, "depth": group[0].run.net.depth, "seeds": len(group)}
-            for column in ERRORS:
-                found = spans([result.last(column) for result in group])
-                line |= {f"{column}_{key}": value for key, value in found.items()}
-            table.append(line)
-    return table
+    return [
+        {"kind": kind, "net": name, "depth": rows[0]["depth"], "seeds": len(rows)}
+        | {f"{c}_{key}": value for c in ERRORS for key, value in spans([row[c] for row in rows]).items()}
+        for kind, named in grouped(table).items()
+        for name, rows in named.items()
+    ]
 
 
-def verdict(
-    groups: Groups, exact: Table, depths: tuple[int, int], resolution: float
-) -> tuple[list[str], dict[str, Any]]:
-    """What the numbers say."""
-    low, high = depths
+def judge(tables: Tables, images: Images) -> tuple[list[str], dict[str, Any]]:
+    """Whether the outputs are the same, and what training errors say."""
     lines: list[str] = []
-    facts: dict[str, Any] = {"exact": {}, "training_error": {}}
-    for kind, named in groups.items():
-        rows = [row for row in exact if row["kind"] == kind]
-        equal = sum(row["equal"] for row in rows)
-        worst = max(row["largest_difference"] for row in rows)
-        images = rows[0]["images"]
+    facts: dict[str, Any] = {"exact": {}, "further_training": {}}
+    for kind, named in grouped(tables[""]).items():
+        checks = [row for row in tables["check"] if row["kind"] == kind]
+        low, high = checks[0]["depth"], checks[0]["deeper"]
+        equal, worst = sum(row["equal"] for row in checks), max(row["largest_difference"] for row in checks)
         lines.append(
-            f"{kind}: {high - low} layers of identity blocks behind {low} trained ones leave the outputs for {images} "
-            f"test images unchanged bit for bit in {equal} of {len(rows)} nets"
+            f"{kind}: {high - low} layers of identity blocks behind {low} trained ones leave the outputs for "
+            f"{checks[0]['images']} test images unchanged bit for bit in {equal} of {len(checks)} nets"
             + (f"; the largest difference is {worst:.2g}." if worst else ".")
         )
-        facts["exact"][kind] = {"equal": equal, "nets": len(rows), "largest_difference": worst}
-        errors = {name: [result.last("train_error_eval") for result in group] for name, group in named.items()}
+        facts["exact"][kind] = {"equal": equal, "nets": len(checks), "largest_difference": worst}
+        errors = {name: [row["train_error_eval"] for row in rows] for name, rows in named.items()}
         for first, second in ((BUILT_ON, SHALLOW_ON), (BUILT_ON, SCRATCH), (SHALLOW, SCRATCH)):
-            found = compare(errors[first], errors[second], resolution)
+            found = compare(errors[first], errors[second], 1 / images.train)
             word = "not told apart from" if found.outcome == UNDECIDED else f"{found.outcome} than"
-            mine, other = (f"{mean(errors[name]):.2%}" for name in (first, second))
             lines.append(
-                f"{kind}: the training error of the {_title(first, depths)} ({mine}) is {word} that of the "
-                f"{_title(second, depths)} ({other}): {points(found.difference)}, {in_deviations(found)}."
+                f"{kind}: the training error of the {_title(first, low, high)} ({mean(errors[first]):.2%}) is {word} "
+                f"that of the {_title(second, low, high)} ({mean(errors[second]):.2%}): {points(found.difference)}, "
+                f"{in_deviations(found)}."
             )
-            facts["training_error"].setdefault(kind, []).append({"of": first, "against": second, **vars(found)})
+            facts["further_training"].setdefault(kind, []).append({"of": first, "against": second, **vars(found)})
     return lines, facts
 
 
-def _title(name: str, depths: tuple[int, int]) -> str:
-    low, high = depths
+def _title(name: str, low: int, high: int) -> str:
     return {
         SHALLOW: f"{low}-layer net",
         SHALLOW_ON: f"{low}-layer net trained further",
@@ -263,16 +254,17 @@ def _title(name: str, depths: tuple[int, int]) -> str:
     }[name]
 
 
-def draw(figure: Any, groups: Groups) -> None:
+def draw(figure: Any, tables: Tables) -> None:
     """Training error of each kind of net, a panel for each kind: a bar for the mean, a dot for each seed."""
-    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    groups = grouped(tables[""])
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for (kind, named), axes in zip(groups.items(), panels, strict=True):
         bars = {SHALLOW: named[SHALLOW], BUILT: named[SHALLOW], **named}
-        for place, (name, group) in enumerate(bars.items()):
-            values = [100 * result.last("train_error_eval") for result in group]
-            axes.barh(place, sum(values) / len(values), color="tab:green" if name in (BUILT, BUILT_ON) else "silver")
+        for place, (name, rows) in enumerate(bars.items()):
+            values = [100 * row["train_error_eval"] for row in rows]
+            axes.barh(place, mean(values), color="tab:green" if name in (BUILT, BUILT_ON) else "silver")
             axes.plot(values, [place] * len(values), "o", color="black", markersize=3)
-        axes.set_yticks(range(len(bars)), list(bars) if axes is panels[0] else [""] * len(bars), fontsize=8)
-        axes.invert_yaxis()
+        axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
         axes.set_xlabel("training error, %")
         axes.set_title(kind, fontsize=10)
+    panels[0].invert_yaxis()

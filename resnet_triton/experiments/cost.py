@@ -18,7 +18,7 @@ from .. import models
 from ..convert import convert
 from ..tables import DISTURBED, significant
 from ..timing import Bystanders, clock_for, interleave, percentiles
-from .output import Report, Shown, Table, integer, text
+from .output import Images, Report, Shown, Tables, integer, text
 
 
 class Entry(NamedTuple):
@@ -104,14 +104,7 @@ def run(
         ValueError: for a name that is not known.
     """
     table = [_measured(entry, batch, device, seconds) for entry in progress(list(entries))]
-    found = [row for row in table if row is not None]
-    return report(found)
-
-
-def report(table: Table) -> Report:
-    """Table, picture and verdict."""
-    lines, facts = verdict(table)
-    return Report("cost", {"": table}, SHOWN, lines, facts, lambda figure: draw(figure, table), (11, 4.5))
+    return Report("cost", {"": [row for row in table if row is not None]})
 
 
 def _measured(entry: Entry, batch: int, device: torch.device, seconds: float) -> dict[str, Any] | None:
@@ -197,9 +190,9 @@ def _peak_of_cpu(call: Callable[[], object]) -> int:
     return max(itertools.accumulate(change for _, change in changes), default=0)
 
 
-def verdict(table: Table) -> tuple[list[str], dict[str, Any]]:
+def judge(tables: Tables, images: Images | None) -> tuple[list[str], dict[str, Any]]:
     """What depth and width cost, where the nets of a comparison were measured."""
-    rows = {(row["family"], row["model"]): row for row in table}
+    rows = {(row["family"], row["model"]): row for row in tables[""]}
     lines, facts = [], []
     for first, second in COMPARED:
         one, other = rows.get(first), rows.get(second)
@@ -221,8 +214,9 @@ def _title(row: dict[str, Any]) -> str:
     return f"{own} ({row['family'].partition(', ')[2]})" if ", " in row["family"] else own
 
 
-def draw(figure: Any, table: Table) -> None:
-    """Time over multiply-adds, and over parameters; nets of a family are joined."""
+def draw(figure: Any, tables: Tables) -> None:
+    """Time over multiply-adds and over depth, memory over parameters; nets of a family are joined."""
+    table = tables[""]
     panels = figure.subplots(1, 3)
     columns = (
         ("multiply_adds", 1e9, "10^9 multiply-adds an image", "latency_ms", "ms a batch, median"),

@@ -11,14 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..runs.data import Data
 from . import nets
 from .nets import Net
-from .output import Report, Shown, Table, integer, spans, spread, text
+from .output import Images, Report, Shown, Table, Tables, integer, spans, spread, text
 from .plan import Plan
 from .pool import Watch, run_all
 from .runs import COLUMNS, Result, data_of, seeds_of
-from .spread import HIGHER, LOWER, UNDECIDED, Difference, compare, in_deviations, points
+from .spread import HIGHER, LOWER, UNDECIDED, Difference, compare, in_deviations, mean, points
 
 AS_IN_PAPER, PARTLY, NOT_AS_IN_PAPER, NOT_DECIDED = (
     "as in the paper",
@@ -59,23 +58,13 @@ def run(
     """
     chosen = [Net(kind, depth) for kind in kinds for depth in sorted(set(depths))]
     results = run_all([run for net in chosen for run in seeds_of(net, plan, seeds)], folder, jobs, watch)
-    return report(results, data_of(plan, 0), plan)
+    return Report("degradation", *tables_of(results, plan))
 
 
-def report(results: Sequence[Result], data: Data, plan: Plan) -> Report:
-    """Tables, picture and verdict of finished runs."""
-    summary = summarise(results, data, plan)
-    lines, facts = verdict(errors_of(results, "train_error_eval"), 1 / len(data.train))
-    lines += tested(errors_of(results, "test_error"), 1 / len(data.test))
-    return Report(
-        "degradation",
-        {"": epochs(results), "summary": summary},
-        SHOWN,
-        lines,
-        facts,
-        lambda figure: draw(figure, results),
-        size=(4.5 * len({result.run.net.kind for result in results}), 4.2),
-    )
+def tables_of(results: Sequence[Result], plan: Plan) -> tuple[Tables, Images]:
+    """The tables of finished runs, and how many images there were."""
+    data, table = data_of(plan, 0), epochs(results)
+    return {"": table, "summary": summarise(table, len(data.classes), plan)}, Images(len(data.train), len(data.test))
 
 
 def epochs(results: Sequence[Result]) -> Table:
@@ -88,40 +77,43 @@ def epochs(results: Sequence[Result]) -> Table:
     ]
 
 
-def summarise(results: Sequence[Result], data: Data, plan: Plan) -> Table:
+def summarise(table: Table, classes: int, plan: Plan) -> Table:
     """A line for each net: its size, and errors after the last epoch over its seeds."""
     from .. import macs
 
-    groups: dict[Net, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.run.net, []).append(result)
-    table = []
-    for net, group in groups.items():
-        model = nets.build(net, len(data.classes), plan.channels)
+    errors = {column: errors_of(table, column) for column in ERRORS}
+    summary = []
+    for net in dict.fromkeys(Net(row["kind"], row["depth"]) for row in table):
+        model = nets.build(net, classes, plan.channels)
         line: dict[str, Any] = {
             "kind": net.kind,
             "depth": net.depth,
-            "seeds": len(group),
+            "seeds": len(errors[ERRORS[0]][net.kind][net.depth]),
             "parameters": macs.parameters(model),
             "multiply_adds": macs.multiply_adds(model, (1, plan.channels, plan.size, plan.size)),
         }
-        for column in ERRORS:
-            found = spans([result.last(column) for result in group])
-            line |= {f"{column}_{name}": value for name, value in found.items()}
-        table.append(line)
-    return table
+        for column, found in errors.items():
+            line |= {f"{column}_{name}": value for name, value in spans(found[net.kind][net.depth]).items()}
+        summary.append(line)
+    return summary
 
 
 Errors = dict[str, dict[int, list[float]]]
 
 
-def errors_of(results: Sequence[Result], column: str) -> Errors:
+def errors_of(table: Table, column: str) -> Errors:
     """Errors after the last epoch: by kind and depth, one a seed."""
+    last = {(row["kind"], row["depth"], row["seed"]): row[column] for row in table}  # epochs are in order
     found: Errors = {}
-    for result in results:
-        net = result.run.net
-        found.setdefault(net.kind, {}).setdefault(net.depth, []).append(result.last(column))
+    for (kind, depth, _), error in last.items():
+        found.setdefault(kind, {}).setdefault(depth, []).append(error)
     return {kind: dict(sorted(depths.items())) for kind, depths in found.items()}
+
+
+def judge(tables: Tables, images: Images) -> tuple[list[str], dict[str, Any]]:
+    """The verdict, which rests on training errors, and what test errors say."""
+    lines, facts = verdict(errors_of(tables[""], "train_error_eval"), 1 / images.train)
+    return lines + tested(errors_of(tables[""], "test_error"), 1 / images.test), facts
 
 
 def verdict(errors: Errors, resolution: float) -> tuple[list[str], dict[str, Any]]:
@@ -206,17 +198,17 @@ def tested(errors: Errors, resolution: float) -> list[str]:
     return lines
 
 
-def draw(figure: Any, results: Sequence[Result]) -> None:
+def draw(figure: Any, tables: Tables) -> None:
     """Errors over epochs, a panel for each kind: training dashed, test bold; bands are the range over seeds."""
-    kinds = list(dict.fromkeys(result.run.net.kind for result in results))
-    depths = sorted({result.run.net.depth for result in results})
+    table = tables[""]
+    kinds, depths = (list(dict.fromkeys(row[name] for row in table)) for name in ("kind", "depth"))
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for kind, axes in zip(kinds, panels, strict=True):
         for i, depth in enumerate(depths):
-            group = [result for result in results if result.run.net == Net(kind, depth)]
-            if group:
-                _curves(axes, group, f"C{i}", str(depth))
-        axes.set_title(f"{kind}", fontsize=10)
+            rows = [row for row in table if (row["kind"], row["depth"]) == (kind, depth)]
+            if rows:
+                _curves(axes, rows, f"C{i}", str(depth))
+        axes.set_title(kind, fontsize=10)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
@@ -225,16 +217,12 @@ def draw(figure: Any, results: Sequence[Result]) -> None:
     figure.suptitle("dashed: training images, bold: test images; mean and range over seeds", fontsize=9)
 
 
-def _curves(axes: Any, group: Sequence[Result], colour: str, label: str) -> None:
-    epochs = [row["epoch"] for row in group[0].rows]
-    for column, style in (
-        ("train_error_eval", {"linestyle": "--", "linewidth": 1.0}),
-        ("test_error", {"linewidth": 2.2}),
-    ):
-        values = [[100 * row[column] for row in result.rows] for result in group]
-        by_epoch = list(zip(*values, strict=True))
-        means = [sum(each) / len(each) for each in by_epoch]
-        axes.plot(epochs, means, color=colour, label=label if column == "test_error" else None, **style)
+def _curves(axes: Any, rows: Table, colour: str, label: str) -> None:
+    epochs = sorted({row["epoch"] for row in rows})
+    for column, bold in (("train_error_eval", False), ("test_error", True)):
+        values = [[100 * row[column] for row in rows if row["epoch"] == epoch] for epoch in epochs]
+        style: dict[str, Any] = {"linewidth": 2.2, "label": label} if bold else {"linewidth": 1, "linestyle": "--"}
+        axes.plot(epochs, [mean(each) for each in values], color=colour, **style)
         axes.fill_between(
-            epochs, [min(each) for each in by_epoch], [max(each) for each in by_epoch], color=colour, alpha=0.12
+            epochs, [min(each) for each in values], [max(each) for each in values], color=colour, alpha=0.12
         )

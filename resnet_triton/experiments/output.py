@@ -3,54 +3,79 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..results import environment
 from ..runs import files
 
 FORMAT = 1
+SIZE = (9, 4.5)  # of pictures, in inches
 Table = list[dict[str, Any]]
 #: Titles of columns, and what each shows of a row.
 Shown = Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]]
 
 
-@dataclass
+Tables = dict[str, Table]
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many images the errors of an experiment are shares of."""
+
+    train: int
+    test: int
+
+
+class Experiment(Protocol):
+    """What the module of an experiment has, so that its verdict and picture can be made again from its CSV files."""
+
+    SHOWN: Shown
+
+    def judge(self, tables: Tables, images: Images | None) -> tuple[list[str], dict[str, Any]]:
+        """What the numbers say: a sentence a line, and the same for programs."""
+
+    def draw(self, figure: Any, tables: Tables) -> None:
+        """Draws the picture on an empty figure of :data:`SIZE` inches."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What an experiment found.
 
     Args:
-        name: of the experiment, and stem of its files.
-        tables: rows by name; the table ``""`` is written to ``NAME.csv``, a table ``T`` to ``NAME-T.csv``. The last one
-            is the summary.
-        shown: columns of the summary for people.
-        verdict: what the numbers say, one sentence a line.
-        facts: the same for programs.
-        draw: draws the picture on an empty figure, whose size in inches is ``size``.
-        size: of the picture.
+        name: of the experiment, its module here, and the stem of its files.
+        tables: rows by name: the table ``""`` goes to ``NAME.csv``, a table ``T`` to ``NAME-T.csv``. The last one is
+            the summary.
+        images: where there are errors.
     """
 
     name: str
-    tables: dict[str, Table]
-    shown: Shown
-    verdict: list[str]
-    facts: dict[str, Any]
-    draw: Callable[[Any], None]
-    size: tuple[float, float] = (9, 4)
-    files: list[str] = field(default_factory=list)
+    tables: Tables
+    images: Images | None = None
 
     @property
-    def summary(self) -> Table:
-        """The table to show."""
-        return list(self.tables.values())[-1]
+    def experiment(self) -> Experiment:
+        """The module."""
+        return importlib.import_module(f".{self.name}", __package__)
+
+    @property
+    def lines(self) -> list[str]:
+        """The verdict."""
+        return self.experiment.judge(self.tables, self.images)[0]
+
+    def cells(self) -> list[list[str]]:
+        """The summary as strings, heads first."""
+        return cells(list(self.tables.values())[-1], self.experiment.SHOWN)
 
 
 def write(report: Report, folder: Path, settings: Mapping[str, Any], device: str, command: str) -> dict[str, Any]:
-    """Writes every file of a report, and puts their names into it.
+    """Writes every file of a report.
 
     Args:
         report: what was found.
@@ -60,36 +85,54 @@ def write(report: Report, folder: Path, settings: Mapping[str, Any], device: str
         command: that gives the same again.
 
     Returns:
-        What the JSON file holds.
+        What the JSON file holds, and under ``files`` the files.
 
     Raises:
+        ImportError: without matplotlib; all other files are written.
         OSError: a file cannot be written.
     """
     from .. import plot
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for table, rows in report.tables.items():
-        names.append(f"{report.name}-{table}.csv" if table else f"{report.name}.csv")
-        files.replace_file(folder / names[-1], as_csv(rows).encode())
+    paths = {table: table_file(folder, report.name, table) for table in report.tables}
+    for table, path in paths.items():
+        files.replace_file(path, as_csv(report.tables[table]).encode())
+    lines, facts = report.experiment.judge(report.tables, report.images)
     content = {
         "format": FORMAT,
         "experiment": report.name,
         "command": command,
         "settings": dict(settings),
+        "images": None if report.images is None else asdict(report.images),
         "environment": environment(device),
-        "verdict": report.verdict,
-        **report.facts,
+        "tables": list(report.tables),
+        "verdict": lines,
+        **facts,
     }
-    files.replace_file(folder / f"{report.name}.json", (json.dumps(content, indent=1) + "\n").encode())
-    files.replace_file(folder / f"{report.name}.txt", ("\n".join(report.verdict) + "\n").encode())
-    figure = plot.new_figure(*report.size)
-    report.draw(figure)
-    plot.save(figure, folder / f"{report.name}.png")
-    report.files = [
-        str(folder / name) for name in (*names, f"{report.name}.png", f"{report.name}.txt", f"{report.name}.json")
-    ]
-    return content
+    others = {suffix: folder / f"{report.name}{suffix}" for suffix in (".txt", ".json", ".png")}
+    files.replace_file(others[".json"], (json.dumps(content, indent=1) + "\n").encode())
+    files.replace_file(others[".txt"], ("\n".join(lines) + "\n").encode())
+    figure = plot.new_figure(*SIZE)
+    report.experiment.draw(figure, report.tables)
+    plot.save(figure, others[".png"])
+    return {**content, "files": [str(path) for path in (*paths.values(), *others.values())]}
+
+
+def read(folder: Path, name: str) -> tuple[Report, dict[str, Any]]:
+    """What :func:`write` wrote: tables from the CSV files, and the content of the JSON file.
+
+    Raises:
+        OSError: a file is not there.
+    """
+    content = json.loads((folder / f"{name}.json").read_text())
+    tables = {table: read_csv(table_file(folder, name, table)) for table in content["tables"]}
+    images = None if content["images"] is None else Images(**content["images"])
+    return Report(name, tables, images), content
+
+
+def table_file(folder: Path, name: str, table: str) -> Path:
+    """The CSV file of a table."""
+    return folder / (f"{name}-{table}.csv" if table else f"{name}.csv")
 
 
 def as_csv(rows: Table) -> str:
@@ -102,7 +145,7 @@ def as_csv(rows: Table) -> str:
 
 
 def read_csv(path: Path) -> Table:
-    """Rows of a file of :func:`as_csv`: numbers as numbers, empty cells as None.
+    """Rows of a file of :func:`as_csv`: numbers and truth values as such, empty cells as None.
 
     Raises:
         OSError: it cannot be read.
@@ -111,7 +154,9 @@ def read_csv(path: Path) -> Table:
         return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
-def _value(text: str) -> int | float | str | None:
+def _value(text: str) -> bool | int | float | str | None:
+    if text in ("True", "False"):
+        return text == "True"
     for kind in (int, float):
         try:
             return kind(text)

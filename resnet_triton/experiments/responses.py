@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..convert import unconvert
 from ..runs.data import Request, Split
 from .nets import Net
-from .output import Report, Shown, Table, spans, spread, text
+from .output import Images, Report, Shown, Table, Tables, spans, spread, text
 from .plan import Plan
 from .pool import Watch, run_all
 from .runs import Result, Store, data_of, seeds_of
@@ -58,7 +58,7 @@ def run(
     for result in results:
         found = deviations(store.model(result.run, data), data.train)
         table += [_row(result, layer, name, value) for layer, (name, value) in enumerate(found.items(), 1)]
-    return report(table)
+    return Report("responses", {"": table, "summary": summarise(table)})
 
 
 def _row(result: Result, layer: int, name: str, value: float) -> dict[str, Any]:
@@ -119,14 +119,6 @@ def _deviation(count: float, total: float, squares: float) -> float:
     return math.sqrt(max(0.0, squares / count - (total / count) ** 2))
 
 
-def report(table: Table) -> Report:
-    """Tables, picture and verdict."""
-    lines, facts = verdict(table)
-    return Report(
-        "responses", {"": table, "summary": summarise(table)}, SHOWN, lines, facts, lambda f: draw(f, table), (9, 6)
-    )
-
-
 def means(table: Table) -> dict[Net, list[float]]:
     """The mean over a net's layers, one a seed."""
     layers: dict[tuple[Net, int], list[float]] = {}
@@ -147,9 +139,9 @@ def summarise(table: Table) -> Table:
     ]
 
 
-def verdict(table: Table) -> tuple[list[str], dict[str, Any]]:
+def judge(tables: Tables, images: Images | None) -> tuple[list[str], dict[str, Any]]:
     """Whether residual nets respond less than plain ones of their depth, and deeper nets less than shallower ones."""
-    groups = means(table)
+    groups = means(tables[""])
     pairs = [(Net("residual", net.depth), net) for net in groups if net.kind == "plain"]
     for kind in dict.fromkeys(net.kind for net in groups):
         depths = sorted(net.depth for net in groups if net.kind == kind)
@@ -168,9 +160,10 @@ def verdict(table: Table) -> tuple[list[str], dict[str, Any]]:
     return lines, {"responses": facts}
 
 
-def draw(figure: Any, table: Table) -> None:
+def draw(figure: Any, tables: Tables) -> None:
     """As figure 7: by layer, and in descending order; lines are means over seeds."""
-    panels = figure.subplots(2, 1)
+    table = tables[""]
+    panels = figure.subplots(1, 2, sharey=True)
     for i, net in enumerate(means(table)):
         rows = [row for row in table if (row["kind"], row["depth"]) == net]
         seeds = sorted({row["seed"] for row in rows})
@@ -186,6 +179,6 @@ def draw(figure: Any, table: Table) -> None:
         panels[1].plot(range(1, len(by_seed[0]) + 1), [mean(each) for each in zip(*ordered, strict=True)], **style)
     for axes, what in zip(panels, ("layer", "layer, by magnitude"), strict=True):
         axes.set_xlabel(what)
-        axes.set_ylabel("std of responses")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    panels[0].set_ylabel("standard deviation of responses")
+    panels[1].legend(fontsize=8)

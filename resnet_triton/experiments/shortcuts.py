@@ -12,10 +12,10 @@ from typing import Any
 
 from . import degradation
 from .nets import Net
-from .output import Report, Shown
+from .output import Images, Report, Shown, Tables
 from .plan import Plan
 from .pool import Watch, run_all
-from .runs import Result, data_of, seeds_of
+from .runs import seeds_of
 from .spread import HIGHER, LOWER, compare, in_deviations, mean, points
 
 #: The option of a kind.
@@ -46,10 +46,12 @@ def run(
     """
     chosen = [Net(OPTIONS[option], depth) for depth in sorted(set(depths)) for option in options]
     results = run_all([each for net in chosen for each in seeds_of(net, plan, seeds)], folder, jobs, watch)
-    data = data_of(plan, 0)
-    lines, facts = verdict(degradation.errors_of(results, "test_error"), 1 / len(data.test))
-    tables = {"": degradation.epochs(results), "summary": degradation.summarise(results, data, plan)}
-    return Report("shortcuts", tables, SHOWN, lines, facts, lambda figure: draw(figure, results), (8, 4))
+    return Report("shortcuts", *degradation.tables_of(results, plan))
+
+
+def judge(tables: Tables, images: Images) -> tuple[list[str], dict[str, Any]]:
+    """What test errors say."""
+    return verdict(degradation.errors_of(tables[""], "test_error"), 1 / images.test)
 
 
 def verdict(errors: degradation.Errors, resolution: float) -> tuple[list[str], dict[str, Any]]:
@@ -70,17 +72,16 @@ def verdict(errors: degradation.Errors, resolution: float) -> tuple[list[str], d
     return lines, {"test_error": facts}
 
 
-def draw(figure: Any, results: Sequence[Result]) -> None:
+def draw(figure: Any, tables: Tables) -> None:
     """Training and test error after the last epoch: a bar for the mean, a dot for each seed."""
-    nets = list(dict.fromkeys(result.run.net for result in results))
     names = {kind: option for option, kind in OPTIONS.items()}
-    labels = [f"{names[net.kind]}, {net.depth} layers" for net in nets]
     panels = figure.subplots(1, 2, sharey=True)
     for axes, column, what in zip(panels, ("train_error_eval", "test_error"), ("training", "test"), strict=True):
-        for place, net in enumerate(nets):
-            values = [100 * result.last(column) for result in results if result.run.net == net]
-            axes.barh(place, mean(values), color="silver")
-            axes.plot(values, [place] * len(values), "o", color="black", markersize=3)
+        errors = degradation.errors_of(tables[""], column)
+        bars = {f"{names[kind]}, {depth} layers": found for kind in errors for depth, found in errors[kind].items()}
+        for place, values in enumerate(bars.values()):
+            axes.barh(place, 100 * mean(values), color="silver")
+            axes.plot([100 * value for value in values], [place] * len(values), "o", color="black", markersize=3)
         axes.set_xlabel(f"{what} error, %")
-    panels[0].set_yticks(range(len(nets)), labels, fontsize=8)
+        axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
     panels[0].invert_yaxis()
