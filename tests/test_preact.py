@@ -1,5 +1,6 @@
 """Pre-activation networks: their sizes, their meaning, and that they run the same converted."""
 
+import copy
 from unittest.mock import patch
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_triton import models
-from resnet_triton.models import PreActBasicBlock, PreActBottleneck, PreActCifarResNet, PreActResNet
+from resnet_triton import convert, explain, fold, models, use_backend
+from resnet_triton.explain import reasons_not_fused
+from resnet_triton.models import PreActBasicBlock, PreActBottleneck, PreActCifarResNet, PreActResNet, ZeroPad
+from resnet_triton.models.preact import _projection
+from tests.comparers import GRADIENT, identical, no_worse_than, same_math
+from tests.test_training_blocks import agree, image, lively
 
 SIZES = {  # PAPER's table: parameters, multiply-adds
     110: (1_727_962, 252_887_680),
@@ -129,3 +134,143 @@ def test_the_deepest_network_trains():
     model = PreActCifarResNet(1001, num_classes=3)
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+# Converted
+
+
+BLOCKS = {
+    "basic": lambda: PreActBasicBlock(8, 8),
+    "basic, padded": lambda: PreActBasicBlock(8, 16, 2, ZeroPad(8, 16, 2), "both"),
+    "bottleneck": lambda: PreActBottleneck(16, 4),
+    "bottleneck, first": lambda: PreActBottleneck(8, 4, 2, _projection(8, 16, 2), "both", stride_in_1x1=True),
+    "bottleneck, stride in the 3x3": lambda: PreActBottleneck(8, 4, 2, _projection(8, 16, 2), "both"),
+    "bottleneck, no lead": lambda: PreActBottleneck(16, 4, 1, None, "none"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_trains_as_autograd_does(name):
+    """Outputs, gradients and running statistics, and what runs is this package's operator."""
+    block = lively(BLOCKS[name]())
+    x = image(block.conv1.in_channels).requires_grad_()
+    runs = "train_preact" if block.preact == "branch" else "train_block"
+    agree(block, x, memory="stored", times=2, runs=runs)
+
+
+@pytest.mark.parametrize("frozen", ["bn1", "bn2", "bn3"])
+def test_frozen_bn_among_batch_statistics(frozen):
+    block = lively(PreActBottleneck(16, 4))
+    getattr(block, frozen).eval()
+    agree(block, image(16).requires_grad_(), runs="train_preact")
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    block = lively(PreActBottleneck(16, 4))
+    block.bn1.requires_grad_(False)
+    block.conv1.weight.requires_grad_(False)
+    agree(block, image(16), runs="train_preact")
+    block.requires_grad_(False)
+    block.conv3.weight.requires_grad_(True)
+    agree(block, image(16), runs="train_preact")
+
+
+def test_bn_without_affine_and_with_an_average():
+    block = lively(PreActBottleneck(16, 4))
+    block.bn1 = nn.BatchNorm2d(16, affine=False, momentum=None).double()
+    block.bn2 = nn.BatchNorm2d(4, track_running_stats=False).double()
+    agree(block, image(16).requires_grad_(), times=2, runs="train_preact")
+
+
+NETWORKS = {
+    "cifar": (lambda: PreActCifarResNet(14, num_classes=4), (3, 3, 10, 10)),
+    "cifar, bottlenecks": (lambda: PreActCifarResNet(20, num_classes=4, bottleneck=True), (3, 3, 10, 10)),
+    "imagenet": (lambda: PreActResNet(PreActBottleneck, (2, 1, 1, 1), num_classes=4), (2, 3, 40, 40)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_the_same_converted(name):
+    make, shape = NETWORKS[name]
+    plain = randomised(make()).double()
+    x = torch.randn(shape, dtype=torch.double)
+    agree(plain.train(), x.requires_grad_(), runs="train_preact")
+    plain.eval().zero_grad()
+    ours = convert(plain)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    with torch.no_grad():
+        same_math(ours(x), plain(x))
+        folded = fold(plain)
+        same_math(folded(x), plain(x))
+    leads = [block.bn1 for stage in ("layer1", "layer2") for block in getattr(folded, stage) if block.bn1 is not None]
+    assert all(type(norm) is nn.BatchNorm2d for norm in leads), "a ReLU is between them and the next convolution"
+    assert type(folded.layer1[0].bn2) is nn.Identity and folded.layer1[0].conv1.bias is not None
+    for m in (plain, ours):  # constant statistics, with gradients
+        m(x).square().sum().backward()
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        same_math(p.grad, q.grad)
+
+
+def test_autocast_and_16_bits():
+    model = randomised(PreActCifarResNet(20, num_classes=4, bottleneck=True)).eval()
+    ours, x = convert(model), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            no_worse_than(ours(x), model(x), exact, GRADIENT)
+            ours.train(), model.train()
+            with use_backend("auto", memory="stored"):
+                y = ours(x)
+            no_worse_than(y, model(x), copy.deepcopy(model).double()(x.double()), GRADIENT)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_blocks_compile_to_one_graph(train):
+    first = PreActBottleneck(8, 4, 2, _projection(8, 16, 2), "both", stride_in_1x1=True)
+    ours = convert(nn.Sequential(first, PreActBottleneck(16, 4))).train(train)
+    x = torch.randn(2, 8, 8, 8)
+    with use_backend("auto", memory="stored"):
+        expected = copy.deepcopy(ours)(x)
+        compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True)
+        y = compiled(x)
+        identical(y, expected)
+        y.sum().backward()
+    assert all(p.grad is not None for p in compiled.parameters())
+
+
+def test_hooks_and_patches_run_the_blocks_own_forward():
+    model = randomised(PreActCifarResNet(14, num_classes=4)).eval()
+    ours, x, seen = convert(model), torch.randn(2, 3, 8, 8), []
+    with torch.no_grad():
+        expected = model(x)
+        for m in (ours.layer1[1].bn1, ours.layer2[0].conv2, ours.layer3[0].downsample, ours.bn):
+            m.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(ours(x), expected)
+    assert len(seen) == 4
+    reasons = reasons_not_fused(ours)
+    assert "hook" in reasons["layer1.1"] and "hook" in reasons["layer2.0"] and "hook" in reasons["layer3.0"]
+    assert "layer1.0" not in reasons
+
+
+def test_other_modules_in_a_block_are_named():
+    model = PreActCifarResNet(20, bottleneck=True)
+    model.layer1[1].relu = nn.GELU()
+    model.layer2[1].bn1 = nn.Identity()
+    model.layer3[1].bn1 = nn.GroupNorm(4, 256)
+    with pytest.raises(ValueError, match=r"1\.1: relu is GELU.*2\.1: bn1 is Identity.*3\.1: bn1 is GroupNorm"):
+        convert(model, strict=True)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(convert(model).eval()(x), model.eval()(x))
+
+
+def test_explain_says_what_each_step_is():
+    model = convert(PreActCifarResNet(20, bottleneck=True)).eval()
+    rows = explain(model, (128, 3, 32, 32), dtype=torch.bfloat16, device="NVIDIA H200").rows
+    by_op = {op: [row for row in rows if row.op.split()[0] == op] for op in ("bn+relu", "bn+relu+conv")}
+    assert [row.name for row in by_op["bn+relu"]] == ["layer2.0.bn1", "layer3.0.bn1", "bn"]
+    assert [row.name for row in by_op["bn+relu+conv"]] == [f"layer{i}.1.conv1" for i in (1, 2, 3)]
+    assert {row.realisation for row in by_op["bn+relu+conv"]} == {"conv1x1"}
+    assert all("BN and ReLU on load" in row.reason for row in by_op["bn+relu+conv"])
+    plan = explain(model.train(), (128, 3, 32, 32), dtype=torch.bfloat16, device="NVIDIA H200")
+    ops = [row.op.split()[0] for row in plan.rows]
+    assert ops.count("wgrad") == 1 + 6 * 3 + 3
