@@ -134,6 +134,27 @@ def test_text_of_an_ensemble(folder, capsys):
     assert one["top1_error"] == both["networks"][1]["top1_error"]
 
 
+def test_arguments_of_a_network_belong_to_the_model_before_them(capsys):
+    arguments = (
+        "--model",
+        "cifar_resnet8",
+        "--model-kwargs",
+        "num_classes=2",
+        "shortcut=B",
+        *NET,
+        *FILES,
+        "--size",
+        "32",
+    )
+    found = answered(capsys, "eval", *arguments)
+    names = [net["model"] for net in found["networks"]]
+    assert names == ["cifar_resnet8 num_classes=2 shortcut=B", "users_eval_net:net"]
+    assert main(["eval", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert f"{names[0]}  " in out
+    assert err == f"{names[0]} has random weights (--weights loads real ones)\n"
+
+
 def test_caffe_pixels_and_a_limit(capsys):
     found = answered(
         capsys, "eval", *NET, *FILES, "--size", "32", "--caffe", "--mean", "100", "110", "120", "--limit", "2"
@@ -226,6 +247,7 @@ def test_what_is_refused(folder, capsys):
         ("have 3 channels, the model takes 1", ("--model", "users_eval_net:grey", *FILES)),
         ("take images of 1 and 3 channels", (*NET, "--model", "users_eval_net:grey", *FILES)),
         ("there is no checkpoint in", ("--run", "nothing")),
+        ("must be NAME=VALUE, got 'A'", ("--model", "cifar_resnet8", "--model-kwargs", "A", *FILES)),
         ("no such file", (*NET, "--weights", "none.pth", *FILES)),
     ):
         assert message in refused(capsys, *arguments)

@@ -31,10 +31,10 @@ DEFAULT_MODEL = "resnet50"
 
 
 class Member(NamedTuple):
-    """A network that takes part: ``--model`` with its ``--weights``, or ``--run``."""
+    """A network that takes part: ``--model`` with its ``--weights`` and ``--model-kwargs``, or ``--run``."""
 
-    model: str | None
-    weights: str | None
+    model: str = ""
+    weights: str | None = None
     run: str | None = None
 
     @property
@@ -42,23 +42,23 @@ class Member(NamedTuple):
         """In the table."""
         if self.run is not None:
             return self.run
-        return f"{self.model}, {self.weights}" if self.weights else f"{self.model}"
+        return ", ".join(filter(None, [self.model, self.weights]))
 
 
 class _Add(argparse.Action):
-    """``--model``, ``--weights`` and ``--run`` in their order: weights are those of the model before them."""
+    """``--model`` and ``--run`` begin a network; ``--weights`` and ``--model-kwargs`` belong to the model before."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         members = [*(getattr(namespace, self.dest) or [])]
-        last = members[-1] if members else Member(DEFAULT_MODEL, None)
-        if self.metavar == "MODEL":
-            members.append(Member(values, None))
-        elif self.metavar == "DIR":
-            members.append(Member(None, None, values))
+        last = members[-1] if members else Member(DEFAULT_MODEL)
+        if option_string in ("--model", "--run"):
+            members.append(Member(**{option_string[2:]: values}))
         elif last.run is not None:
-            parser.error(f"--weights {values} follows --run {last.run}; it belongs behind its --model")
-        else:
+            parser.error(f"{option_string} follows --run {last.run}; it belongs behind its --model")
+        elif option_string == "--weights":
             members = [*(members if last.weights else members[:-1]), last._replace(weights=values)]
+        else:
+            members = [*members[:-1], last._replace(model=" ".join([last.model, *values]))]
         setattr(namespace, self.dest, members)
 
 
@@ -67,7 +67,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for name, metavar, text in (
         (
             "--model",
-            "MODEL",
+            "NAME",
             f"as in other commands (default: {DEFAULT_MODEL}); repeat --model and --weights for an ensemble, whose "
             "scores are averaged",
         ),
@@ -77,9 +77,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             "of the model before it: a .pth or .safetensors file, or a name of torchvision's weights, which is "
             "downloaded; more than once for several of the same model",
         ),
+        ("--model-kwargs", "NAME=VALUE", "of the model before it, such as shortcut=A stride_in_1x1=true"),
         ("--run", "DIR", "a folder that resnet-triton train wrote: its model, its weights and, where it can, its data"),
     ):
-        parser.add_argument(name, dest="members", action=_Add, metavar=metavar, help=text)
+        nargs = "+" if name == "--model-kwargs" else None
+        parser.add_argument(name, dest="members", action=_Add, nargs=nargs, metavar=metavar, help=text)
     parser.add_argument(
         "--best", action="store_true", help="of a --run, the checkpoint of least test error, not the last"
     )
@@ -131,7 +133,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the errors."""
     device = device_of(args.device)
-    members: list[Member] = args.members or [Member(DEFAULT_MODEL, None)]
+    members: list[Member] = args.members or [Member(DEFAULT_MODEL)]
     runs = [None if member.run is None else load_run(member.run, args.best) for member in members]
     images, spec = _images(args, [found for found in runs if found is not None])
     protocol = _protocol(args, images, runs[0])
@@ -141,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     chosen, source = images.images, images.source
     if args.limit and args.limit < len(chosen):
         source = f"{args.limit} of {source}"
-        chosen = torch.utils.data.Subset(chosen, image_files.spread(range(len(chosen)), args.limit))
+        chosen = torch.utils.data.Subset(chosen, image_files.spread([*range(len(chosen))], args.limit))
     workers = (
         min(data.DEFAULTS[data.kind_of(spec)].workers, os.cpu_count() or 1) if args.workers is None else args.workers
     )
@@ -238,7 +240,7 @@ def _network(args: argparse.Namespace, member: Member, run: Trained | None, clas
     if run is not None:
         return run.network(classes)
     torch.manual_seed(0)  # random weights are the same each time
-    model = load_model(member.model or DEFAULT_MODEL, weights=member.weights)
+    model = load_model(member.model, weights=member.weights)
     note_random_weights(argparse.Namespace(model=member.model, weights=member.weights), model)
     return convert(model, inplace=True)
 
