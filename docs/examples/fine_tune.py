@@ -39,8 +39,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = resnet_triton.resnet18(weights=args.weights)
     model.fc = nn.Linear(model.fc.in_features, len(dataset.classes))
     model.to(device, memory_format=torch.channels_last)
-    for part in (model.conv1, model.bn1, model.layer1, model.layer2):
-        part.requires_grad_(False)
+    resnet_triton.freeze(model, ("conv1", "layer1", "layer2"))
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.001, momentum=0.9)
 
     losses = []
