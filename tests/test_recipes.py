@@ -177,6 +177,8 @@ def test_runs_of_before_keep_their_configuration_id():
     settings = Settings(data="digits", model="m", size=8, epochs=8, batch_size=4, lr=0.4)
     found = config.configuration(settings, "data", nn.Linear(2, 3))
     assert config.digest(found) == "dd1f77545dd01eb8"
+    listed = config.configuration(Settings(**(vars(settings) | {"patience": 6})), "data", nn.Linear(2, 3))
+    assert config.differences(found, listed) == ["patience = nothing instead of 6"]
     with_recipe = config.configuration(of_recipe("paper-cifar", 110), "data", nn.Linear(2, 3))
     assert {"recipe", "iterations", "init", "warmup_lr", "warmup_error"} < with_recipe.keys()
     assert config.differences(json.loads(json.dumps(with_recipe)), with_recipe) == []
@@ -201,15 +203,14 @@ def test_two_epochs_on_cifar_and_what_was_said_is_kept(folder, capsys):
     # the same images from the other version of the files, by the same command
     assert train("--data", "cifar10:of_python_2", "--recipe", "paper-cifar", *few) == 0
     assert "going on from epoch-0002" in capsys.readouterr().err
-    said = ("--lr", "0.05", "--momentum", "0.8", "--weight-decay", "0", "--init", "fan_out", "--drops", "0.9")
+    said = ("--lr", "0.05", "--momentum", "0.8", "--weight-decay", "0", "--init", "built", "--drops", "0.9")
     more = (*said, "--schedule", "step", "--validation", "12", "--json")
     assert train("--data", "cifar10:binary", "--recipe", "preact-cifar", *few, *more, output="other") == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["recipe"], facts["tested_with"], facts["test_images"]) == ("preact-cifar", "validation", 12)
     found = configuration("other")
-    assert [found[k] for k in ("lr", "momentum", "weight_decay", "init", "drops", "validation", "warmup_lr")] == [
-        *(0.05, 0.8, 0.0, "fan_out", [0.9], 12, 0.01),
-    ]
+    keys = ("lr", "momentum", "weight_decay", "drops", "validation", "warmup_lr")
+    assert [found[key] for key in keys] == [0.05, 0.8, 0.0, [0.9], 12, 0.01] and "init" not in found
     assert [row["lr"] for row in rows("other")] == ["0.01", "0.01"]  # the first 400 steps
     text = refused(capsys, "--data", "cifar10:binary", "--recipe", "torchvision", *few)
     assert "torchvision is for --data imagefolder, got cifar10; allowed with cifar10: paper-cifar, preact-cifar" in text
@@ -238,6 +239,8 @@ def test_recipes_are_listed(capsys):
     assert "'paper' is not known; allowed: paper-imagenet, paper-cifar" in capsys.readouterr().err
     assert main(["train", *SMALL, "--output", "run", "--epochs", "1", "--iterations", "3"]) == 2
     assert "not allowed with argument" in capsys.readouterr().err
+    text = refused(capsys, *SMALL, "--epochs", "1", "--download")
+    assert "--download is for --data cifar10:PATH and cifar100:PATH, got 'digits'" in text
 
 
 def test_iterations_end_within_an_epoch_and_go_on(capsys):
