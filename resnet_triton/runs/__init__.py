@@ -2,6 +2,9 @@
 
 config       what determines a run, and its configuration id
 data         the data sets, and which images make up which step
+cifar        CIFAR's standard files, read without running code
+augment      augmentation of the papers
+recipes      named ways to train, and their initialisation
 build        a model by name, with as many outputs as the data have classes
 schedule     the learning rate of a step
 loop         steps, epochs, evaluation; what a checkpoint needs and gives
