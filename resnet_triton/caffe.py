@@ -147,7 +147,7 @@ def caffe_resnet(depth: int, weights: Any = None, **kwargs: Any) -> ResNet:
         caffe_names(depth)
     if isinstance(weights, str | os.PathLike) and Path(weights).suffix.lower() == ".caffemodel":
         weights = read_caffemodel(weights)
-    if isinstance(weights, Mapping) and not any(isinstance(value, Tensor) for value in weights.values()):
+    if isinstance(weights, Mapping) and "conv1" in weights:
         if depth_of(weights) != depth:
             raise ValueError(f"depth={depth}, but the weights are of the Caffe ResNet-{depth_of(weights)}")
         state = caffe_state_dict(weights)

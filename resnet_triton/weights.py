@@ -24,8 +24,8 @@ from .checkpoints import COUNTER, Report, cifar_network, read
 
 logger = logging.getLogger("resnet_triton.weights")
 
-#: What torch.save's files are called, and safetensors.
-EXTENSIONS = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".t7", ".safetensors")
+#: What torch.save's files are called, safetensors, and the authors' own.
+EXTENSIONS = (".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".t7", ".safetensors", ".caffemodel")
 
 #: An archive that unpacks to more than this multiple of its size was not written by torch.save, which packs nothing.
 MAX_EXPANSION = 4
@@ -63,7 +63,7 @@ def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> Re
             - a state_dict, also one under a key such as ``"state_dict"`` or ``"model"``, one whose names start
               with ``module.`` or ``_orig_mod.``, and one in the names of a :class:`~resnet_triton.checkpoints.Family`;
             - the path of such a state_dict: a file of ``torch.save`` (``.pth``, ``.pt``, ``.th``, ``.pth.tar``,
-              ``.bin``, ``.ckpt``, ``.t7``; saved on any device) or ``.safetensors``.
+              ``.bin``, ``.ckpt``, ``.t7``; saved on any device), ``.safetensors`` or ``.caffemodel``.
         progress: show the progress of a download.
 
     Returns:
@@ -73,7 +73,8 @@ def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> Re
         FileNotFoundError: no file at the path.
         ValueError: an unknown extension; a file that is truncated, corrupt, unpacks to far more than its size
             or needs code to be read; missing or unexpected keys and other shapes than the model's; NaN or
-            infinite values; an unknown name or one of another architecture.
+            infinite values; an unknown name or one of another architecture; Caffe's weights for a network
+            with today's strides or pooling.
         ImportError: weights by name without torchvision.
         OSError: a download or a file that cannot be read.
     """
@@ -83,6 +84,7 @@ def load_weights(model: nn.Module, weights: Any, *, progress: bool = True) -> Re
     if named is not None:
         state, source = _download(named, progress), repr(named)
     else:
+        _check_caffe(model, weights)
         state, source = _state(weights)
     target = model.state_dict()
     report = read(state, source, target)
@@ -121,6 +123,19 @@ def shortcut_of(state: Mapping[str, Any]) -> str:
         ValueError: for a state_dict of another network.
     """
     return cifar_network(read(state, "the state_dict")).shortcut
+
+
+def _check_caffe(model: nn.Module, weights: Any) -> None:
+    """Refuses the authors' Caffe weights for a network with today's strides or pooling: names and shapes would fit."""
+    if isinstance(weights, Mapping) or Path(weights).suffix.lower() != ".caffemodel":
+        return
+    block, pool = getattr(model, "layer2", [None])[0], getattr(model, "maxpool", None)
+    if getattr(getattr(block, "conv1", None), "stride", None) != (2, 2) or not getattr(pool, "ceil_mode", False):
+        raise ValueError(
+            f"weights={os.fspath(weights)!r} needs strides on the first 1x1 convolutions and Caffe's pooling: build "
+            "the network with resnet_triton.caffe.caffe_resnet, or with stride_in_1x1=True, caffe_pool=True (and "
+            "conv1_bias=True for ResNet-50)"
+        )
 
 
 def _state(weights: Any) -> tuple[Any, str]:
@@ -217,6 +232,10 @@ def _read(path: Path) -> Any:
         raise FileNotFoundError(f"weights={str(path)!r}: there is no such file (looked in {path.absolute().parent})")
     if not path.is_file():
         raise ValueError(f"weights={str(path)!r} is not a file; pass the path of one {', '.join(EXTENSIONS)} file")
+    if path.suffix.lower() == ".caffemodel":
+        from .caffe import caffe_state_dict, read_caffemodel
+
+        return caffe_state_dict(read_caffemodel(path))
     return _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
 
 

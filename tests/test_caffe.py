@@ -23,6 +23,7 @@ from resnet_triton.caffe import (
 )
 from resnet_triton.evaluation import CAFFE
 from resnet_triton.models import Bottleneck, ResNet
+from resnet_triton.weights import load_weights
 from tests.comparers import identical, same_math
 
 #: Layers of each deploy file that have weights: convolutions, BatchNorm, Scale and fc1000.
@@ -70,8 +71,8 @@ def caffe_forward(blobs: dict[str, list[np.ndarray]], x: Tensor) -> Tensor:
     right = -(x.shape[-1] - 3) % 2
     below = -(x.shape[-2] - 3) % 2
     x = F.max_pool2d(F.pad(x, (0, right, 0, below), value=-torch.inf), 3, 2)
-    for stage, letters in zip("2345", ("abc", "abcd", "abcdef", "abc"), strict=True):
-        for letter in letters:
+    for stage in "2345":
+        for letter in (a for a in "abcdef" if f"res{stage}{a}_branch2a" in blobs):
             block = f"{stage}{letter}_branch"
             stride = 2 if stage != "2" and letter == "a" else 1
             h = bn_scale(conv(x, f"res{block}2a", stride), f"{block}2a").relu()
@@ -144,10 +145,18 @@ def test_other_depths_have_no_names() -> None:
         caffe_resnet(18)
 
 
-@pytest.fixture(scope="module")
-def blobs() -> dict[str, list[np.ndarray]]:
-    """A whole ResNet-50."""
+@pytest.fixture
+def blobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[np.ndarray]]:
+    """ResNet-50 with fewer blocks of each kind: its last stages have most of its 25 million weights."""
+    monkeypatch.setitem(STAGES, 50, (2, 2, 1, 1))
     return blobs_of(50)
+
+
+def test_parameters_are_those_of_the_deploy_file() -> None:
+    with torch.device("meta"):
+        counts = {depth: sum(p.numel() for p in caffe_resnet(depth).parameters()) for depth in STAGES}
+    # torchvision's, and 64 for the bias of ResNet-50's conv1
+    assert counts == {50: 25_557_032 + 64, 101: 44_549_160, 152: 60_192_808}
 
 
 def test_resnet_50_is_the_deploy_file_layer_by_layer(blobs: dict[str, list[np.ndarray]], tmp_path: Path) -> None:
@@ -155,8 +164,6 @@ def test_resnet_50_is_the_deploy_file_layer_by_layer(blobs: dict[str, list[np.nd
     path.write_bytes(caffemodel(blobs))
     model = caffe_resnet(50, path).eval()
     assert model.fc.out_features == 10
-    # 25,557,096 with 1000 classes: conv1 has a bias, unlike torchvision's.
-    assert sum(p.numel() for p in model.parameters()) == 25_557_096 - 990 * 2049
     images = torch.randint(0, 256, (1, 3, 46, 63), dtype=torch.uint8)
     x = CAFFE(images).double()
     expected = caffe_forward(blobs, x)
@@ -292,3 +299,16 @@ def test_other_depths_and_shapes_are_refused(narrow: dict[str, list[np.ndarray]]
         caffe_resnet(101, narrow)
     with pytest.raises(ValueError, match=r"does not fit ResNet: .*conv1.weight \(1, 1, 1, 1\) instead of"):
         caffe_resnet(50, narrow)
+
+
+def test_load_weights_reads_the_file_too(blobs: dict[str, list[np.ndarray]], tmp_path: Path) -> None:
+    path = tmp_path / "w.caffemodel"
+    options = {"stride_in_1x1": True, "caffe_pool": True, "conv1_bias": True}
+    path.write_bytes(caffemodel(blobs))
+    model = ResNet(Bottleneck, STAGES[50], num_classes=10, **options)
+    report = load_weights(model, path)
+    assert report is not None and set(report.state) == {k for k in model.state_dict() if not k.endswith("tracked")}
+    identical(model.conv1.bias.detach(), torch.from_numpy(blobs["conv1"][1]))
+    for wrong in ({**options, "stride_in_1x1": False}, {**options, "caffe_pool": False}):
+        with pytest.raises(ValueError, match=r"w\.caffemodel.*caffe_resnet, or with stride_in_1x1=True"):
+            load_weights(ResNet(Bottleneck, STAGES[50], num_classes=10, **wrong), path)
