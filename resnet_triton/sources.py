@@ -28,7 +28,7 @@ from torch import nn
 from .convert import unconvert
 from .fold import fold
 from .models import CifarResNet, build_by_name
-from .models.names import builders, is_known, takes
+from .models.names import builders, is_known, takes, with_arguments
 from .weights import _is_name, load_weights
 
 #: Metadata keys of a ``.safetensors`` file that holds the state_dict of a folded model: the model's name, and the
@@ -41,12 +41,13 @@ def load_model(spec: str, *, weights: str | None = None, arguments: Mapping[str,
     """The model that ``spec`` names, in eval mode, not converted.
 
     Args:
-        spec: see this module's text. A module is looked for in the current folder first.
+        spec: see this module's text. A module is looked for in the current folder first. Behind the name of a network
+            of this package may come arguments of its builder: ``"resnet50 shortcut=A"``.
         weights: a file that :func:`resnet_triton.weights.load_weights` reads, or the name of torchvision's weights for
             this model, which are downloaded; None is random weights, or those that ``spec`` brings itself. A CIFAR
             network takes its classes and shortcuts from the file. A file that ``resnet-triton fold`` wrote gives the
             folded model.
-        arguments: of the builder of a network of this package, such as ``{"shortcut": "A"}``.
+        arguments: more of them, such as ``{"shortcut": "A"}``.
 
     Raises:
         ValueError: for a name that is not known, with the nearest known ones; for what the user's function raises,
@@ -54,11 +55,13 @@ def load_model(spec: str, *, weights: str | None = None, arguments: Mapping[str,
         ImportError: for a library that is not installed.
         OSError: for files that cannot be read, and downloads that fail.
     """
+    spec, words = with_arguments(spec)
+    arguments = {**words, **(arguments or {})}
     prefix, _, rest = spec.partition(":")
     if not spec.strip():
         raise ValueError(f"model is empty; allowed: {', '.join(builders())}, {_FORMS}")
     if ":" not in spec:
-        return _own(spec, weights, dict(arguments or {}))
+        return _own(spec, weights, arguments)
     if arguments:
         raise ValueError(
             f"model {spec!r} takes no arguments here ({', '.join(arguments)}): only this package's networks do; name a "
@@ -87,7 +90,9 @@ def _own(name: str, weights: str | None, arguments: dict[str, Any]) -> nn.Module
     folded = None if weights is None else _folded(weights)
     if folded is not None:
         stored = json.loads(folded.get(ARGUMENTS, "{}"))
-        arguments = {key: value for key, value in stored.items() if takes(name, key)} | arguments
+        arguments = {
+            key: value for key, value in stored.items() if takes(name, key) or takes(name, "kwargs")
+        } | arguments
     elif weights is not None and not _is_name(weights) and takes(name, "in_channels"):
         # A CIFAR network: how it is built depends on the file.
         return _finish(build_by_name(name, weights=weights, **arguments), None)

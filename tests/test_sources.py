@@ -232,3 +232,38 @@ def test_a_folded_file_gives_the_folded_model(users):
     assert isinstance(model.bn1, nn.Identity)
     assert set(model.state_dict()) == set(expected) == set(load_file("folded.safetensors"))
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_arguments_of_a_network_come_behind_its_name(offline) -> None:
+    model = load_model("cifar_resnet8 shortcut=C num_classes=3", arguments={"in_channels": 1})
+    assert (model.shortcut, model.fc.out_features, model.conv1.in_channels) == ("C", 3, 1)
+    assert load_model("resnet50 stride_in_1x1=true").layer2[0].conv1.stride == (2, 2)
+    for spec, message in (
+        ("cifar_resnet8 shortcut", "must be NAME=VALUE, got 'shortcut'"),
+        ("cifar_resnet8 shortcut=D", "shortcut must be one of"),
+        ("resnet18 stride=2", "unexpected keyword argument 'stride'"),
+        ("torchvision:resnet18 shortcut=A", "torchvision has no model 'resnet18 shortcut=A'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model(spec)
+
+
+def test_every_command_with_a_model_takes_its_arguments(capsys) -> None:
+    options = ["--model", "cifar_resnet8", "--model-kwargs", "shortcut=none", "in_channels=1"]
+    assert main(["convert", *options, "--strict"]) == 0
+    assert "PlainBlock" in capsys.readouterr().out
+    assert main(["explain", *options, "--size", "16"]) == 0
+    assert "downsample" not in capsys.readouterr().out
+    for command in ("bench", "convert", "eval", "explain", "fold", "train", "tune", "verify"):
+        assert main([command, "--help"]) == 0
+        assert "--model-kwargs" in capsys.readouterr().out, command
+    assert main(["explain", "--model-kwargs", "A"]) == 2
+    assert "--model-kwargs: must be NAME=VALUE, got 'A'" in capsys.readouterr().err
+
+
+def test_a_folded_file_knows_how_its_network_was_built(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "v1.safetensors"
+    options = ["--model", "cifar_resnet8", "--model-kwargs", "shortcut=A-both"]
+    assert main(["fold", *options, "--output", str(file)]) == 0
+    capsys.readouterr()
+    assert load_model("cifar_resnet8", weights=str(file)).shortcut == "A-both"

@@ -19,7 +19,6 @@ from ..convert import convert, is_converted, unconvert
 from ..errors import tensors_of
 from ..providers import absent_on, providers_on
 from ..results import FAILED, WRITERS, WRONG, Row, environment, write
-from ..sources import load_model
 from ..tables import LEGEND, MODEL_COLUMNS, busy, cells, conditions, plain
 from ..verdict import NOT_MEASURED, SLOWER, Verdict, verdict
 from .common import (
@@ -30,6 +29,7 @@ from .common import (
     in_one_line,
     minutes,
     model_arguments,
+    model_of,
     output_file,
     positive,
     size_arguments,
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     left_out = _left_out(args.providers, device)
     height, width = height_and_width(args.size)
     # builders of this package return converted models
-    model = unconvert(load_model(args.model, weights=args.weights).float(), inplace=True)
+    model = unconvert(model_of(args).float(), inplace=True)
     images = _images(max(*args.batch, compare.EXTRA_IMAGES), args.channels or channels_of(model), height, width)
     what = f"{args.model} does not take an image of shape {tuple(images[:1].shape)}"
     in_one_line(what, _outputs, model, images[:1])  # before the clock starts: not every model fits every size

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from ..compare import is_out_of_memory, untrained
+from ..models import names
+from ..sources import load_model
 
 T = TypeVar("T")
 
@@ -21,18 +23,45 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--model`` and ``--weights``, read by :func:`resnet_triton.sources.load_model`."""
+    """``--model``, ``--model-kwargs`` and ``--weights``, read by :func:`model_of`."""
     parser.add_argument(
         "--model",
         default="resnet50",
-        help="a builder of this package (default: resnet50), torchvision:NAME, timm:NAME, hf:FOLDER, or "
-        "package.module:function (a function of no arguments that returns the model)",
+        help="a network of this package (default: resnet50; also plain34, cifar_resnet20, cifar_plain20, "
+        "preact_cifar_resnet164), torchvision:NAME, timm:NAME, hf:FOLDER, or package.module:function (a function of no "
+        "arguments that returns the model)",
     )
+    model_kwargs_argument(parser)
     parser.add_argument(
         "--weights",
         help="a .pth or .safetensors file, or a name of torchvision's weights, which is downloaded; "
         "the default is random weights",
     )
+
+
+def model_kwargs_argument(parser: argparse.ArgumentParser) -> None:
+    """``--model-kwargs``: pairs of a name and a value."""
+    parser.add_argument(
+        "--model-kwargs",
+        type=keyword,
+        nargs="+",
+        default=(),
+        metavar="NAME=VALUE",
+        help="arguments of a network of this package, such as shortcut=A stride_in_1x1=true",
+    )
+
+
+def keyword(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE``, for argparse."""
+    try:
+        return names.keyword(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def model_of(args: argparse.Namespace) -> nn.Module:
+    """The model that the arguments name, in eval mode, not converted; raises as ``load_model``."""
+    return load_model(args.model, weights=args.weights, arguments=dict(args.model_kwargs))
 
 
 def image_arguments(parser: argparse.ArgumentParser, batch: int = 1) -> None:

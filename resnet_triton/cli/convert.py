@@ -15,7 +15,6 @@ from torch import nn
 from .. import structure
 from ..convert import KNOWN, convert, is_converted, original_class, residual_blocks
 from ..explain import reasons_not_fused
-from ..sources import load_model
 from .common import (
     DTYPES,
     device_of,
@@ -23,6 +22,7 @@ from .common import (
     in_one_line,
     input_shape,
     model_arguments,
+    model_of,
     note_random_weights,
     output_file,
     table,
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the parts; 1 with --strict where not all of them run fused."""
     target = None if args.output is None else output_file(args.output, (".pt2",), args.force)
     device = device_of(args.device) if target else None
-    model = convert(load_model(args.model, weights=args.weights), inplace=True)
+    model = convert(model_of(args), inplace=True)
     parts = parts_of(model)
     counts = {state: sum(part.fused == state for part in parts) for state in (YES, PARTLY, NO)}
     fused = bool(parts) and counts[YES] == len(parts)

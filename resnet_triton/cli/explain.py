@@ -6,8 +6,7 @@ import argparse
 
 from ..convert import convert
 from ..explain import explain
-from ..sources import load_model
-from .common import DTYPES, image_arguments, in_one_line, input_shape, model_arguments
+from .common import DTYPES, image_arguments, in_one_line, input_shape, model_arguments, model_of
 
 HELP = "what would run, layer by layer, and why"
 EXAMPLE = "resnet-triton explain --model resnet50 --batch 256 --dtype bf16 --device 'NVIDIA H200'"
@@ -24,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the plan."""
-    model = convert(load_model(args.model, weights=args.weights), inplace=True)
+    model = convert(model_of(args), inplace=True)
     shape = input_shape(args, model)
     what = f"{args.model} cannot be planned on shapes {shape} alone (of a detector, plan the backbone)"
     plan = in_one_line(what, explain, model, shape, dtype=DTYPES[args.dtype], device=args.device)

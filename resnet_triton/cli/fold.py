@@ -12,8 +12,9 @@ from torch import nn
 from .._version import __version__
 from ..explain import reasons_not_fused
 from ..fold import fold
-from ..sources import ARGUMENTS, FOLDED, arguments_of, load_model
-from .common import model_arguments, note_random_weights, output_file, written_whole
+from ..models.names import with_arguments
+from ..sources import ARGUMENTS, FOLDED, arguments_of
+from .common import model_arguments, model_of, note_random_weights, output_file, written_whole
 
 HELP = "fold BN into the convolutions and save the weights as .safetensors"
 EXAMPLE = "resnet-triton fold --model timm:resnet50 --weights resnet50.safetensors --output folded.safetensors"
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
     target = output_file(args.output, (".safetensors",), args.force)
-    model = load_model(args.model, weights=args.weights)
+    model = model_of(args)
     note_random_weights(args, model)
     before = _norms(model)
     folded = fold(model, inplace=True)
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise ValueError(f"nothing to fold in {args.model}: {why or 'it has no BN'}. Nothing was written.")
     state = {name: tensor.detach().contiguous().clone() for name, tensor in folded.state_dict().items()}
-    arguments = json.dumps(arguments_of(model))
+    arguments = json.dumps(with_arguments(args.model)[1] | dict(args.model_kwargs) | arguments_of(model))
     metadata = {"format": "pt", FOLDED: args.model, ARGUMENTS: arguments, "resnet_triton.version": __version__}
     with written_whole(target) as part:
         try:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..models import names
 from ..runs import build, config, curves, data, distributed, recipes, rng
 from ..runs.checkpoint import Checkpoints, name_of
 from ..runs.distributed import Processes
 from ..runs.interrupt import Stop
 from ..runs.loop import Trainer
-from .common import channels_of, device_of, in_one_line, positive
+from .common import channels_of, device_of, in_one_line, model_kwargs_argument, positive
 
 HELP = "train a converted model, with checkpoints from which the same command goes on"
 #: Options that count more than a recipe's values, named as the settings that they are for.
@@ -38,6 +39,7 @@ OVERRIDES = (
     "weight_decay",
     "validation",
 )
+BUILT = "built"
 EXAMPLE = "resnet-triton train --data digits --output runs/digits"
 
 
@@ -52,10 +54,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the run; made where it is not there")
     parser.add_argument(
         "--model",
-        help="resnetN with N = 6n+2 (resnet20) for small images, a builder of this package (resnet50), "
-        "torchvision:NAME, timm:NAME, or package.module:function; its weights start random "
-        f"(default: {_defaults('model')})",
+        help="for small images cifar_resnetN with N = 6n+2 (short: resnet20), cifar_plainN or preact_cifar_resnetN, a "
+        "builder of this package (resnet50), torchvision:NAME, timm:NAME, or package.module:function; its weights "
+        f"start random (default: {_defaults('model')})",
     )
+    model_kwargs_argument(parser)
     parser.add_argument(
         "--recipe",
         metavar="NAME",
@@ -94,7 +97,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="rise of the learning rate, in place of a recipe's (default: a twentieth of the epochs, at most 5)",
     )
     parser.add_argument(
-        "--init", choices=config.INITS, help="draw the weights from N(0, sqrt(2/n)) (default: as the model is built)"
+        "--init",
+        choices=(*config.INITS, BUILT),
+        help=f"draw the weights from N(0, sqrt(2/n)), as recipes do, or keep those that the model is built with "
+        f"(default: {BUILT})",
     )
     parser.add_argument("--momentum", type=number(0, 1), help="default: 0.9")
     parser.add_argument("--nesterov", action="store_true", help="Nesterov's momentum")
@@ -258,7 +264,7 @@ def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: 
 
 def _model(args: argparse.Namespace, kind: str) -> str:
     recipe = None if args.recipe is None else recipes.RECIPES[args.recipe].model
-    return args.model or recipe or data.DEFAULTS[kind].model
+    return names.spec(args.model or recipe or data.DEFAULTS[kind].model, dict(args.model_kwargs))
 
 
 def _settings(
@@ -277,6 +283,8 @@ def _settings(
     if args.epochs is not None:
         chosen["iterations"] = None
     chosen |= {name: value for name, value in given.items() if value is not None}
+    if args.init == BUILT:
+        chosen["init"] = None
     if chosen.get("iterations") is not None:
         chosen["epochs"] = math.ceil(chosen["iterations"] / max(1, images // chosen["batch_size"]))
     settings = config.Settings(

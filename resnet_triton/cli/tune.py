@@ -19,9 +19,18 @@ from ..convert import convert
 from ..devices import Target, known_devices, target_of
 from ..entries import PRECISIONS
 from ..sites import AnySite, ChainSite, Site, merged, sites_of
-from ..sources import load_model
 from ..tune import Progress, Report, Result, tune
-from .common import DTYPES, channels_of, height_and_width, minutes, model_arguments, positive, size_arguments, table
+from .common import (
+    DTYPES,
+    channels_of,
+    height_and_width,
+    minutes,
+    model_arguments,
+    model_of,
+    positive,
+    size_arguments,
+    table,
+)
 
 HELP = "measure the fastest configuration of every convolution and chain of a model on this GPU, or of training steps"
 EXAMPLE = "resnet-triton tune --model resnet50 --batch 1 32 256 --dtype bf16 --minutes 20"
@@ -60,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.output).expanduser() if args.output else tuning.cache_dir()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output {args.output!r} is not a folder")
-    model = convert(load_model(args.model, weights=args.weights), inplace=True)
+    model = convert(model_of(args), inplace=True)
     model.train(args.train)
     size = (args.channels or channels_of(model), *height_and_width(args.size))
     sites: list[AnySite] = []

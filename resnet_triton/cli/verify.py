@@ -24,7 +24,6 @@ from ..convert import convert
 from ..errors import EXACT, OURS_LIMIT, UNUSABLE, Deviation, Error, gate, largest_of, tensors_of
 from ..fold import fold
 from ..results import FAILED, OK
-from ..sources import load_model
 from . import image_files
 from .common import (
     DTYPES,
@@ -33,6 +32,7 @@ from .common import (
     in_one_line,
     input_shape,
     model_arguments,
+    model_of,
     note_random_weights,
     positive,
     progress,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the comparison; 1 where ours errs too much."""
     device = device_of(args.device)
     torch.manual_seed(0)  # random weights are the same each time
-    model = load_model(args.model, weights=args.weights)
+    model = model_of(args)
     shape = input_shape(args, model)[1:]
     source, images = _images(args, shape)
     batches = [images[i : i + args.batch] for i in range(0, len(images), args.batch)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -42,6 +43,37 @@ def build_by_name(name: str, **kwargs: Any) -> nn.Module:
         if "unexpected keyword argument" not in str(error):
             raise
         raise ValueError(f"model {name!r}: {error}; got {', '.join(kwargs)}") from error
+
+
+def keyword(text: str) -> tuple[str, Any]:
+    """Name and value of ``name=value``; the value is a JSON value (``true``, ``3``, ``null``) or else a text.
+
+    Raises:
+        ValueError: for another text.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def with_arguments(spec: str) -> tuple[str, dict[str, Any]]:
+    """A name with arguments behind it (``"cifar_resnet20 shortcut=C"``), apart; other texts as they are.
+
+    Raises:
+        ValueError: for words behind a known name that are no arguments.
+    """
+    name, *words = spec.split() or [""]
+    return (name, dict(map(keyword, words))) if is_known(name) else (spec, {})
+
+
+def spec(name: str, arguments: Mapping[str, Any]) -> str:
+    """Inverse of :func:`with_arguments`."""
+    words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in arguments.items())
+    return " ".join([name, *words])
 
 
 def is_known(name: str) -> bool:

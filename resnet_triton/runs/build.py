@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
-from .. import models
 from ..convert import convert
+from ..models import build_by_name
+from ..models.names import is_known, takes, with_arguments
 from ..sources import load_model
 
 
@@ -16,20 +15,19 @@ def build(spec: str, classes: int, channels: int) -> nn.Module:
     """A converted model with random weights of the present random state.
 
     Args:
-        spec: ``resnetN`` with N = 6n+2 is the CIFAR ResNet of that depth, unless this package has an ImageNet network
-            of that name (``resnet50``); everything else is for :func:`resnet_triton.sources.load_model`.
+        spec: a name for :func:`resnet_triton.models.build_by_name`, which may have arguments behind it
+            (``"cifar_resnet20 shortcut=C"``); everything else is for :func:`resnet_triton.sources.load_model`.
         classes: outputs. A classifier ``fc`` with another number is replaced.
-        channels: of the images, for a CIFAR ResNet; other models say themselves what they take.
+        channels: of the images, for a CIFAR network; other models say themselves what they take.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: for a name or an argument that is not known.
         ImportError, OSError: as ``load_model`` does.
     """
-    depth = re.fullmatch(r"resnet(\d+)", spec)
-    if spec in models.BUILDERS:
-        return models.BUILDERS[spec](num_classes=classes)
-    if depth:
-        return models.cifar_resnet(int(depth[1]), classes, channels)
+    name, kwargs = with_arguments(spec)
+    if is_known(name) and (takes(name, "num_classes") or takes(name, "kwargs")):
+        sizes = {"in_channels": channels} if takes(name, "in_channels") else {}
+        return build_by_name(name, **{"num_classes": classes, **sizes, **kwargs})
     model = load_model(spec)
     fc = getattr(model, "fc", None)
     if isinstance(fc, nn.Linear) and fc.out_features != classes:
