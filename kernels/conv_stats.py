@@ -1,6 +1,6 @@
 """Forward convolution of a training step: raw output, and the statistics that its batch normalisation needs.
 
-    y[n,p,q,k]   = sum over r,s,c of h[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k,r,s,c]
+    y[n,p,q,k]   = sum over r,s,c of h[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k,r,s,c]  [+ residual]
     parts[i,:,k] = count, mean and M2 of the i-th program's pixels of y, rounded as they are stored
     h            = x, or relu(x * scale + shift), which is zero in the padding and never stored
 
@@ -67,15 +67,15 @@ def scale_shift(scale, shift, c, C: tl.constexpr):
 
 @triton.jit
 def conv_stats(
-    x, w, y, parts, scale, shift, N, H, W, P, Q, K, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    x, w, y, residual, parts, scale, shift, N, H, W, P, Q, K, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     WHOLE: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Every ``num_programs / column blocks``-th box of pixels times BN channels. ``x, w, y``: tensor descriptors.
+    """Every ``num_programs / column blocks``-th box of pixels times BN channels. ``x, w, y, residual``: descriptors.
 
-    No ``parts``: no statistics; no ``scale``: no prologue. ``WHOLE``: no box reaches beyond the output. ``WORDS``: x
-    holds words of two channels.
+    No ``parts``: no statistics; no ``scale``: no prologue; no ``residual``: nothing is added. ``WHOLE``: no box reaches
+    beyond the output. ``WORDS``: x holds words of two channels.
     """
     BM: tl.constexpr = TN * TH * TW
     CHUNKS: tl.constexpr = (C + BK - 1) // BK
@@ -132,6 +132,8 @@ def conv_stats(
                             h = tl.minimum(h, bound[:, None], propagate_nan=tl.PropagateNan.ALL)
                     h = relu(h).to(y.dtype)
                     acc = tl.dot(w.load([k0, tap * C + c0]), h.T, acc, input_precision=PRECISION)
+        if residual is not None:
+            acc += residual.load([n0, p0, q0, k0]).reshape(BM, BN).T.to(tl.float32)
         out = acc.to(y.dtype)
         y.store([n0, p0, q0, k0], out.T.reshape(TN, TH, TW, BN))
         if parts is not None:
@@ -252,6 +254,7 @@ def launch_conv_stats(
     prologue: Normalised | None,
     config: ConvConfig,
     precision: str,
+    residual: torch.Tensor | None = None,
 ) -> None:
     """Launches :func:`conv_stats`, or ``conv_stats_rolling`` where that is the configuration's kernel.
 
@@ -264,6 +267,7 @@ def launch_conv_stats(
             Any other number of parts works too; those without a tile get count 0.
         prologue: the BN and ReLU between the convolution before and this one, or None.
         precision: of fp32 products, ``"tf32"`` or ``"ieee"``.
+        residual: as ``y``, added before the output is rounded and its statistics are taken; ``conv_stats`` only.
 
     Raises:
         ValueError: the configuration cannot compute this convolution; the message says why.
@@ -272,6 +276,8 @@ def launch_conv_stats(
         raise ValueError(f"{reason}; take a configuration of conv_stats_configs, or the library where it has none")
     number = conv_stats_parts(shape, config, multiprocessors(x.device)) if parts is None else parts.shape[0]
     if config.kernel == "conv_stats_rolling":
+        if residual is not None:
+            raise ValueError("conv_stats_rolling adds no residual; take a configuration of conv_stats")
         launch_conv_stats_rolling(x, w, y, parts, number, shape, prologue, config, precision)
         return
     n, h, width, p, q, c = shape.n, shape.h, shape.w, shape.p, shape.q, shape.c
@@ -279,6 +285,7 @@ def launch_conv_stats(
     if shape.pointwise:
         n, h, width, p, q, box = 1, 1, shape.m, 1, shape.m, [1, 1, config.bm]
         x, y = x.view(1, 1, -1, c), y.view(1, 1, -1, shape.k)
+        residual = None if residual is None else residual.view(y.shape)
     tn, th, tw = box
     words = prologue is not None and x.dtype == torch.bfloat16
     if words:
@@ -296,7 +303,8 @@ def launch_conv_stats(
     count("conv_stats")
     conv_stats[(number * cdiv(shape.k, config.bn),)](
         x_box, TensorDescriptor.from_tensor(w.flatten(1), [config.bn, config.bk]),
-        TensorDescriptor.from_tensor(y, [*box, config.bn]), parts,
+        TensorDescriptor.from_tensor(y, [*box, config.bn]),
+        None if residual is None else TensorDescriptor.from_tensor(residual, [*box, config.bn]), parts,
         None if prologue is None else prologue.scale, None if prologue is None else prologue.shift,
         n, h, width, p, q, shape.k, C=shape.c, R=shape.r, S=shape.s,
         STRIDE=stride, PAD=shape.padding, DIL=shape.dilation, PRECISION=precision,

@@ -89,14 +89,28 @@ def run_block(block: Converted, x: Tensor) -> Tensor:
     spec = block._resnet_triton.spec
     if transient_reason(block, spec) is not None or structural_reason(block, spec) is not None:
         return block._eager(x)
-    return run_blocks([read(block)], x)
+    return run_blocks([read(block)], x)[0]
 
 
-def run_blocks(blocks: Sequence[PreActBlock], x: Tensor) -> Tensor:
-    """Runs fusable blocks one after another."""
-    for block in blocks:
-        x = _run_training(block, x) if block.trains else _run_constant(block, x)
-    return x
+def run_blocks(blocks: Sequence[PreActBlock], x: Tensor, following: Converted = None) -> tuple[Tensor, Tensor | None]:
+    """Runs fusable blocks one after another; with batch statistics, each takes those that the next one begins with.
+
+    Args:
+        blocks: what runs.
+        x: the first one's input.
+        following: the module of a BN that reads the output, or None.
+
+    Returns:
+        The output; and the statistics that ``following`` normalises it by, or None where they are not known.
+    """
+    stats = None
+    for i, block in enumerate(blocks):
+        if not block.trains:
+            x, stats = _run_constant(block, x), None
+            continue
+        after = blocks[i + 1].lead if i + 1 < len(blocks) else following
+        x, stats = _run_training(block, x, stats, after)
+    return x, stats
 
 
 def _run_constant(block: PreActBlock, x: Tensor) -> Tensor:
@@ -119,23 +133,28 @@ def _run_constant(block: PreActBlock, x: Tensor) -> Tensor:
     return _apply(t, last, relu=False, residual=shortcut)
 
 
-def _run_training(block: PreActBlock, x: Tensor) -> Tensor:
-    """A block some of whose BN have batch statistics."""
+def _run_training(
+    block: PreActBlock, x: Tensor, known: Tensor | None, following: Converted
+) -> tuple[Tensor, Tensor | None]:
+    """A block some of whose BN have batch statistics; ``following`` and the result as of :func:`run_blocks`."""
     if block.lead is not None and not block.shared:
-        return run_training_preact(x, block.lead, block.units, block.norms)
+        return run_training_preact(x, block.lead, block.units, block.norms, known=known, following=following)
     if block.lead is not None:
-        x = bn_relu(x, block.lead)
+        x = bn_relu(x, block.lead, known)
     shortcut = x if block.shortcut is None else block.shortcut(x)
     units, norms = block.units, block.norms
     if block.project is not None:
         units, norms = [*units, block.project], [*norms, NO_NORM]
-    return run_training_block(x, shortcut, units, norms, block.project is not None, relu=False)[0]
+    return run_training_block(x, shortcut, units, norms, block.project is not None, relu=False)[0], None
 
 
-def bn_relu(x: Tensor, norm: Converted) -> Tensor:
-    """``relu(norm(x))`` in one pass; with constant statistics PyTorch's operators where gradients are wanted."""
+def bn_relu(x: Tensor, norm: Converted, known: Tensor | None = None) -> Tensor:
+    """``relu(norm(x))`` in one pass; with constant statistics PyTorch's operators where gradients are wanted.
+
+    ``known`` are the batch statistics, where the block before took them.
+    """
     if uses_batch_statistics(norm):
-        return run_training_preact(x, norm, (), ())
+        return run_training_preact(x, norm, known=known)[0]
     (x,) = _autocast(x)
     gamma, beta, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
     if _differentiating((x, gamma, beta)):
@@ -197,12 +216,15 @@ def run_resnet(model: Converted, x: Tensor) -> Tensor:
     for m in children:
         blocks = _blocks_of(m)
         if blocks is None:
-            x = m(run_blocks(pending, x))
+            x = m(run_blocks(pending, x)[0])
             pending = []
         else:
             pending = pending + blocks
-    x = run_blocks(pending, x)
-    x = bn_relu(x, model.bn) if why_not_end(model) is None else model.relu(model.bn(x))
+    if why_not_end(model) is None:
+        x, stats = run_blocks(pending, x, model.bn)
+        x = bn_relu(x, model.bn, stats)
+    else:
+        x = model.relu(model.bn(run_blocks(pending, x)[0]))
     if why_not_head(model) is not None:
         return model.fc(torch.flatten(model.avgpool(x), 1))
     return head(x, model.fc.weight, model.fc.bias)

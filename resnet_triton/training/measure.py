@@ -109,7 +109,7 @@ class TrainProblem(Problem):
         h = Lazy(o["x"], o.get("stats"))
         found: Any
         if work.step == "conv_stats":
-            found = steps.conv(h, o["w"], geometry, work.moments)
+            found = steps.conv(h, o["w"], geometry, work.moments, o.get("residual"))
         elif work.step == "stem_conv_stats":
             found = steps.stem_conv(o["x"], o["w"], work.moments)
         elif work.step == "stem_wgrad":
@@ -170,7 +170,9 @@ class TrainProblem(Problem):
         if work.backward:
             made["c"] = self._pixels(self.random(s.n, s.p, s.q, s.k))
             made["g"] = torch.stack([1 + self.random(s.k) / 4, self.random(s.k) / 8, self.random(s.k) / 8])
-        if work.residual_stride:
+        if work.residual_stride and work.step == "conv_stats":
+            made["residual"] = self._pixels(self.random(s.n, s.p, s.q, s.k))
+        elif work.residual_stride:
             sizes = (s.n, cdiv(s.h, work.residual_stride), cdiv(s.w, work.residual_stride), s.c)
             made["residual"] = self._pixels(self.random(*sizes))
         if work.step == "expand":

@@ -51,7 +51,7 @@ class Work:
         backward: the incoming gradient is BN's, formed as it is loaded.
         moments: statistics of the result are taken; of ``wgrad``, sums of the gradient that comes in.
         project: of a projected shortcut, or None.
-        residual_stride: of what is added to a gradient, 0 for nothing.
+        residual_stride: of what is added to a gradient, 0 for nothing; 1 for a shortcut added to ``conv_stats``.
         following: filters of the next block's first 1x1 that is computed with this step, or 0.
         moved: bytes of a pass.
     """
@@ -269,6 +269,8 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
         from ..kernels.conv_stats import conv_stats_configs
 
         found = conv_stats_configs(shape, size, work.prologue, precision)
+        if work.residual_stride:
+            found = [config for config in found if config.kernel == "conv_stats"]
     elif work.step == "dgrad":
         from ..kernels.dgrad_phases import dgrad_configs
 
@@ -373,7 +375,7 @@ def moved_bytes(work: Work, dtype: torch.dtype) -> int:
     if work.step == "stem_conv_stats":
         return stem_bytes(s, size) + size * s.weights
     if work.step == "conv_stats":
-        return conv_bytes(s, size) + size * s.weights
+        return conv_bytes(s, size) + size * (s.weights + s.m * s.k * work.residual_stride)
     if work.step == "gram_dgrad":
         return gram_dgrad_bytes(s, size) + size * s.weights
     if work.step == "dgrad":
@@ -400,6 +402,8 @@ def library_prediction(work: Work, dtype: torch.dtype, precision: str, target: T
         passes, launches = passes + 3 * y, launches + 1
     if work.moments and work.step.endswith("conv_stats"):
         passes, launches = passes + y, launches + 1
+    if work.residual_stride and work.step == "conv_stats":
+        passes, launches = passes + 3 * y, launches + 1
     behind = passes / target.hbm_tb_s / 1e6 + launches * cost.LAUNCH_US
     return cost.Prediction(
         hbm=(s.bytes_moved(size)) / target.hbm_tb_s / 1e6 + behind,

@@ -3,9 +3,10 @@
     h_0 = relu(bn_0(x));   c_i = conv_i(h_{i-1});   h_i = relu(bn_i(c_i)), never stored
     y = c_n + x
 
-The statistics of x are taken first: x is a sum that no single convolution computed. What is kept for the backward is x
-and the raw outputs but the last. Without convolutions, ``y = relu(bn_0(x))``. The steps are those of :mod:`.steps`,
-arithmetic and meaning as in :mod:`.block`.
+The last convolution adds x before it stores its output, and takes the statistics of the sum, which the block behind
+begins with; where none is in front, a pass takes them. What is kept for the backward is x and the raw outputs but the
+last. Without convolutions, ``y = relu(bn_0(x))``. The steps are those of :mod:`.steps`, their meaning as in
+:mod:`.block`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from .reference import Lazy, wide
 ops = torch.ops.resnet_triton
 
 library.define(
-    "train_preact(Tensor x, Tensor?[] lead, float lead_eps, Tensor?[] tensors, float[] eps, int[] geometry, str group) "
-    "-> Tensor[]"
+    "train_preact(Tensor x, Tensor?[] lead, float lead_eps, Tensor?[] tensors, float[] eps, int[] geometry, str group, "
+    "Tensor? known, Tensor?[] following, float following_eps) -> Tensor[]"
 )
 library.define(
     "train_preact_backward(Tensor grad, Tensor x, Tensor?[] lead, float lead_eps, Tensor?[] tensors, Tensor[] saved, "
@@ -50,7 +51,14 @@ class Lead(NamedTuple):
     eps: float
 
 
-def forward(x: Tensor, lead: Lead, units: Sequence[Unit], group: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(
+    x: Tensor,
+    lead: Lead,
+    units: Sequence[Unit],
+    group: str,
+    known: Tensor | None = None,
+    following: Lead | None = None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The output; the raw outputs of all convolutions but the last; and the stats of each BN, that in front first.
 
     Args:
@@ -58,8 +66,12 @@ def forward(x: Tensor, lead: Lead, units: Sequence[Unit], group: str) -> tuple[T
         lead: the BN in front.
         units: convolutions with the BN behind each; the last, whose statistics are the constants 0 and 1, has none.
         group: name of the process group that shares batch statistics, or ``""``.
+        known: stats of the BN in front, if the block before took them.
+        following: the BN behind this block, whose stats come last then; it has batch statistics.
     """
-    if lead.mean is None:
+    if known is not None:
+        its = known
+    elif lead.mean is None:
         its = steps.finalise(steps.moments_of(x), lead.gamma, lead.beta, lead.eps, group)
     else:
         its = steps.constant_stats(lead)
@@ -72,8 +84,15 @@ def forward(x: Tensor, lead: Lead, units: Sequence[Unit], group: str) -> tuple[T
         stats.append(its)
         h = Lazy(c, its)
     last = units[-1]
-    c, _ = steps.conv(h, last.weight, last.geometry, False)
-    return steps.bn_apply(c, steps.constant_stats(last), x, None, False), raws, stats
+    if last.beta is None:
+        y, parts = steps.conv(h, last.weight, last.geometry, following is not None, x)
+    else:  # the bias of a folded convolution
+        c, _ = steps.conv(h, last.weight, last.geometry, False)
+        y = steps.bn_apply(c, steps.constant_stats(last), x, None, False)
+        parts = None if following is None else steps.moments_of(y)
+    if following is not None and parts is not None:
+        stats.append(steps.finalise(parts, following.gamma, following.beta, following.eps, group))
+    return y, raws, stats
 
 
 class Gradients(NamedTuple):
@@ -170,28 +189,53 @@ def _parts(x: Tensor, lead, lead_eps, tensors, eps, geometry) -> tuple[Lead, lis
     return Lead(gamma, beta, mean, var, lead_eps), units, shapes
 
 
+def _following(vectors, eps: float, units: Sequence[Unit]) -> Lead | None:
+    """The BN behind the block, of ``[gamma, beta]``; None of an empty list."""
+    if len(vectors) == 0:
+        return None
+    if len(vectors) != 2 or not units:
+        raise ValueError(f"following is [gamma, beta] of the BN behind a block, got {len(vectors)} tensors")
+    gamma, beta = vectors
+    return Lead(gamma, beta, None, None, eps)
+
+
 @_uncast
-def train_preact(x, lead, lead_eps, tensors, eps, geometry, group):
-    """Implementation of ``torch.ops.resnet_triton.train_preact``: ``[y, *raws, *stats]``."""
+def train_preact(x, lead, lead_eps, tensors, eps, geometry, group, known, following, following_eps):
+    """Implementation of ``torch.ops.resnet_triton.train_preact``.
+
+    ``[y, *raws, *stats]``: of the BN in front unless they are ``known``, of the units', and last of what is
+    ``following``, unless that is an empty list.
+    """
     front, units, _ = _parts(x, lead, lead_eps, tensors, eps, geometry)
-    y, raws, stats = forward(channels_last(x), front, units, group)
-    return [y, *raws, *stats]
+    behind = _following(following, following_eps, units)
+    y, raws, stats = forward(channels_last(x), front, units, group, known, behind)
+    return [y, *raws, *(stats if known is None else stats[1:])]  # an operator's results are its own
 
 
 def preact_backward_arguments(grad: Tensor, arguments: Sequence[Any], out: Sequence[Tensor]) -> tuple:
     """Arguments of ``train_preact_backward`` that ask for every gradient, from the forward's arguments and results."""
-    x, lead, lead_eps, tensors, eps, geometry, group = arguments
-    return (grad, x, lead, lead_eps, tensors, out[1:], eps, geometry, group, [True] * (3 + 3 * len(eps)))
+    x, lead, lead_eps, tensors, eps, geometry, group, known, following, _ = arguments
+    saved = saved_of(out, known, len(eps), len(following) > 0)
+    return (grad, x, lead, lead_eps, tensors, saved, eps, geometry, group, [True] * (3 + 3 * len(eps)))
 
 
-def _fake_train_preact(x, lead, lead_eps, tensors, eps, geometry, group):
+def saved_of(out: Sequence[Tensor], known: Tensor | None, n: int, follows: bool) -> list[Tensor]:
+    """Raw outputs and stats that the backward reads, of what ``train_preact`` returned for ``n`` units."""
+    between = max(0, n - 1)
+    rest = list(out[1 : len(out) - follows])
+    return rest if known is None else [*rest[:between], known, *rest[between:]]
+
+
+def _fake_train_preact(x, lead, lead_eps, tensors, eps, geometry, group, known, following, following_eps):
     front, units, shapes = _parts(x, lead, lead_eps, tensors, eps, geometry)
     vector = wide(x.dtype)
     shared = 6 if group else 5
     raws = [new_channels_last(x, *shape) for shape in shapes[:-1]]
     stats = [x.new_empty((shared if front.mean is None else 5, x.shape[1]), dtype=vector)]
     stats += [x.new_empty((shared if u.by_batch else 5, u.weight.shape[0]), dtype=vector) for u in units[:-1]]
-    return [new_channels_last(x, *x.shape), *raws, *stats]
+    if _following(following, following_eps, units) is not None:
+        stats.append(x.new_empty((shared, x.shape[1]), dtype=vector))
+    return [new_channels_last(x, *x.shape), *raws, *(stats if known is None else stats[1:])]
 
 
 @_uncast
@@ -219,18 +263,28 @@ def _fake_train_preact_backward(grad, x, lead, lead_eps, tensors, saved, eps, ge
 
 
 class TrainPreAct(Function):
-    """``(x, lead_eps, eps, geometry, group, *lead, *tensors) -> (y, *raws, *stats)``; only y is differentiable."""
+    """``(x, lead_eps, eps, geometry, group, known, following_eps, *lead, *tensors, *following) -> (y, ...)``.
+
+    Arguments and results as of ``torch.ops.resnet_triton.train_preact``. Only y is differentiable: the statistics of
+    what follows are values here, and part of the next block's backward.
+    """
 
     @staticmethod
-    def forward(x, lead_eps, eps, geometry, group, *tensors):
+    def forward(x, lead_eps, eps, geometry, group, known, following_eps, *tensors):
+        end = 4 + 5 * len(eps)
         return tuple(
-            ops.train_preact(x, list(tensors[:4]), lead_eps, list(tensors[4:]), list(eps), list(geometry), group)
-        )
+            ops.train_preact(
+                x, list(tensors[:4]), lead_eps, list(tensors[4:end]), list(eps), list(geometry), group, known,
+                list(tensors[end:]), following_eps,
+            )
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.lead_eps, ctx.eps, ctx.geometry, ctx.group, *tensors = inputs
-        ctx.save_for_backward(x, *tensors, *output[1:])
+        x, ctx.lead_eps, ctx.eps, ctx.geometry, ctx.group, known, _, *tensors = inputs
+        end = 4 + 5 * len(ctx.eps)
+        ctx.follows = len(tensors) > end
+        ctx.save_for_backward(x, *tensors[:end], *saved_of(output, known, len(ctx.eps), ctx.follows))
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -241,10 +295,10 @@ class TrainPreAct(Function):
         x, *rest = ctx.saved_tensors
         lead, tensors, saved = rest[:4], rest[4 : 4 + 5 * n], rest[4 + 5 * n :]
         if grad is None:
-            return (None,) * (9 + 5 * n)
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:7]]
+            return (None,) * (11 + 5 * n + 2 * ctx.follows)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[7:9]]
         for i in range(n):
-            needs += ctx.needs_input_grad[9 + 5 * i : 12 + 5 * i]
+            needs += ctx.needs_input_grad[11 + 5 * i : 14 + 5 * i]
         found = ops.train_preact_backward(
             grad, x, lead, ctx.lead_eps, tensors, saved, list(ctx.eps), list(ctx.geometry), ctx.group, needs
         )
@@ -252,7 +306,7 @@ class TrainPreAct(Function):
         grads: list[Tensor | None] = []
         for i in range(n):
             grads += [*units[3 * i : 3 * i + 3], None, None]
-        return (dx, None, None, None, None, dgamma, dbeta, None, None, *grads)
+        return (dx, *[None] * 6, dgamma, dbeta, None, None, *grads, *[None] * (2 * ctx.follows))
 
 
 _IMPLEMENTATIONS: dict[str, Any] = {"train_preact": train_preact, "train_preact_backward": train_preact_backward}
@@ -267,7 +321,15 @@ for _name, _implementation in _IMPLEMENTATIONS.items():
 # Modules
 
 
-def run(x: Tensor, norm: Norm, units: Sequence[ConvBN], norms: Sequence[Norm]) -> Tensor:
+def run(
+    x: Tensor,
+    norm: Norm,
+    units: Sequence[ConvBN] = (),
+    norms: Sequence[Norm] = (),
+    *,
+    known: Tensor | None = None,
+    following: Norm = None,
+) -> tuple[Tensor, Tensor | None]:
     """A pre-activation block, or BN and ReLU alone, some of whose BN have batch statistics; updates their buffers.
 
     Args:
@@ -275,6 +337,11 @@ def run(x: Tensor, norm: Norm, units: Sequence[ConvBN], norms: Sequence[Norm]) -
         norm: the module of the BN in front.
         units: the convolutions with the BN behind each, the last with none; or nothing.
         norms: the modules of these BN.
+        known: what the block before returned.
+        following: the module of the BN behind, if the statistics of its input are to be taken here.
+
+    Returns:
+        The output; and what is ``known`` then to what follows, or None.
     """
     x = _cast(x)
     mean = var = None
@@ -284,15 +351,18 @@ def run(x: Tensor, norm: Norm, units: Sequence[ConvBN], norms: Sequence[Norm]) -
     tensors = [t for u, its in zip(units, norms, strict=True) for t in _tensors(u, its, x)]
     eps, geometry = [u.eps for u in units], [g for u in units for g in (u.stride, u.padding, u.dilation)]
     group = _group((norm, *norms))
+    behind: list[Tensor | None] = []
+    if following is not None and uses_batch_statistics(following) and units and _group((following,)) == group:
+        behind = [following.weight, following.bias]
     every = [*distinct([*front, *tensors])]
+    behind_eps = eps_of(following) if behind else 0.0
     lead_eps = eps_of(norm)
     if differentiating((x, *every)):
-        out = TrainPreAct.apply(x, lead_eps, eps, geometry, group, *every)
+        out = TrainPreAct.apply(x, lead_eps, eps, geometry, group, known, behind_eps, *every, *behind)
     else:
-        out = ops.train_preact(x, every[:4], lead_eps, every[4:], eps, geometry, group)
-    y, *saved = out
-    between = max(0, len(units) - 1)
+        out = ops.train_preact(x, every[:4], lead_eps, every[4:], eps, geometry, group, known, behind, behind_eps)
+    saved, between = saved_of(out, known, len(units), len(behind) > 0), max(0, len(units) - 1)
     raws, stats = saved[:between], saved[between:]
     biases = [None, *(u.bias for u in units[:-1])]
     update_running((norm, *norms[:-1]), stats, [_pixels(c) for c in (x, *raws)], biases)
-    return y
+    return out[0], out[-1] if behind else None

@@ -93,14 +93,18 @@ def _precision(x: Tensor) -> str:
 # Forward
 
 
-def conv(h: Lazy, weight: Tensor, geometry: Sequence[int], moments: bool) -> tuple[Tensor, Tensor | None]:
-    """A convolution's raw output, and the moments of it as ``parts`` if asked."""
+def conv(
+    h: Lazy, weight: Tensor, geometry: Sequence[int], moments: bool, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """A convolution's raw output, ``residual`` added to it, and the moments of that as ``parts`` if asked."""
     x = h.raw
     shape, out_shape = conv_geometry(x.shape, weight.shape, *geometry)
     lazy = h.stats is not None
-    choice = _choose(plan.Work("conv_stats", shape, prologue=lazy, moments=moments), x)
+    added = 0 if residual is None else 1
+    choice = _choose(plan.Work("conv_stats", shape, prologue=lazy, moments=moments, residual_stride=added), x)
     if not choice.fused:  # in passes of their own
         c = _library_conv(materialised(h), weight, geometry, choice)
+        c = c if residual is None else _sum(c, residual)
         return c, moments_of(c) if moments else None
     rows = plan.parts_of("conv_stats", shape, choice, target_for(x))
 
@@ -111,9 +115,12 @@ def conv(h: Lazy, weight: Tensor, geometry: Sequence[int], moments: bool) -> tup
         from ..kernels.conv_stats import launch_conv_stats
 
         c, parts = out
-        launch_conv_stats(nhwc(x), _krsc(weight, x), nhwc(c), parts, shape, _prologue(h), choice.tiling, _precision(x))
+        addend = None if residual is None else nhwc(residual)
+        launch_conv_stats(
+            nhwc(x), _krsc(weight, x), nhwc(c), parts, shape, _prologue(h), choice.tiling, _precision(x), addend
+        )
 
-    moved = plan.conv_bytes(shape, x.element_size())
+    moved = plan.conv_bytes(shape, x.element_size()) + _bytes(residual)
     return _run("fprop", choice, x, allocate, launch, allocate, moved, weight, shape)
 
 
@@ -124,6 +131,13 @@ def _library_conv(h: Lazy, weight: Tensor, geometry: Sequence[int], choice: Choi
         "fprop", _alone(plan.Work("conv_stats", shape), x, choice), x, lambda: new_channels_last(x, *out_shape),
         lambda out: None, lambda: _last(reference.conv(h, _weight(weight, x), geometry)),
         plan.conv_bytes(shape, x.element_size()), weight, shape,
+    )  # fmt: skip
+
+
+def _sum(x: Tensor, y: Tensor) -> Tensor:
+    choice, moved = _choose(plan.Work("aten", moved=3 * _bytes(x)), x), 3 * _bytes(x)
+    return _run(
+        "add", choice, x, lambda: new_channels_last(x, *x.shape), lambda out: None, lambda: _last(x + y), moved
     )  # fmt: skip
 
 
