@@ -188,6 +188,7 @@ def test_statistics_from_images_normalise_every_layer() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"depth": 34, "narrow": True}, "narrow=True is a ResNet of depth 18, got depth=34"),
         ({"depth": 20}, "depth must be one of 18, 34, 50, 101, 152, got 20"),
         ({"num_classes": 1}, "num_classes must be at least 2"),
         ({"frozen_stages": 6}, "frozen_stages must be one of 0, 1, 2, 3, 4, 5, got 6"),

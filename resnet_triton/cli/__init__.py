@@ -23,7 +23,7 @@ from .._version import __version__
 #: Subcommands in the order of ``--help``. Module ``resnet_triton.cli.NAME`` holds HELP and EXAMPLE (one line each),
 #: ``arguments(parser)`` and ``run(args) -> exit code``; ValueError, OSError, ImportError, NotImplementedError and
 #: OutOfMemoryError become exit code 2.
-COMMANDS = ("info", "explain", "tune", "bench", "verify", "fold", "convert", "train", "eval", "experiment")
+COMMANDS = ("info", "explain", "tune", "bench", "verify", "fold", "convert", "train", "eval", "detect", "experiment")
 
 #: A reader that went away, as in ``resnet-triton explain | head``: what a shell reports for SIGPIPE.
 BROKEN_PIPE = 141

@@ -36,9 +36,10 @@ class Defaults(NamedTuple):
     recipe: Recipe
 
 
-#: Drawn shapes are for trying things out: small images, few steps, and no weights to start from.
+#: Drawn shapes are for trying things out: a small network, small images, few steps, and no weights to start from.
 _SHAPES: dict[str, Any] = {
     "depth": 18,
+    "narrow": True,
     "min_size": 64,
     "max_size": 64,
     "frozen_stages": 0,

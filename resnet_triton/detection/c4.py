@@ -88,6 +88,13 @@ class Conv5Head(nn.Module):
         return self.layer4(x).mean((2, 3))
 
 
+class NarrowResNet(models.ResNet):
+    """A ResNet whose four stages have a quarter of the channels."""
+
+    def _make_layer(self, make: Any, outplanes: int, planes: int, *args: Any) -> nn.Sequential:
+        return super()._make_layer(make, outplanes // 4, planes // 4, *args)
+
+
 class _Matcher:
     """torchvision's matcher of regions and objects, that leaves out background far from every object."""
 
@@ -108,6 +115,7 @@ def faster_rcnn_c4(
     *,
     weights: Weights = None,
     weights_backbone: Weights = None,
+    narrow: bool = False,
     frozen_stages: int = 2,
     roi: str = "pool",
     roi_size: int = 14,
@@ -131,6 +139,7 @@ def faster_rcnn_c4(
         weights_backbone: of the classifier that it starts from; as ``weights`` of :func:`resnet_triton.resnet101`.
             The statistics of its BNs are what the detector keeps. With random weights they are 0 and 1, which a deep
             network cannot train with: see :func:`set_statistics`.
+        narrow: a quarter of the channels in every stage, for trials on small images; of depth 18 only.
         frozen_stages: how many of conv1, layer1 .. layer4 are not trained, from the first.
         roi: ``"pool"`` (RoIPool, the paper's) or ``"align"`` (RoIAlign).
         roi_size: height and width of a region's features; 14, or 7 for half of the head's cost.
@@ -147,6 +156,8 @@ def faster_rcnn_c4(
         ValueError: for arguments out of range, and weights that do not fit.
         ImportError: without torchvision.
     """
+    if narrow and depth != 18:
+        raise ValueError(f"narrow=True is a ResNet of depth 18, got depth={depth!r}")
     _check(depth, num_classes, frozen_stages, roi, roi_size, roi_stride, background_iou)
     try:
         from torchvision.models._utils import IntermediateLayerGetter
@@ -158,11 +169,16 @@ def faster_rcnn_c4(
         raise ImportError(f"detection needs torchvision: pip install torchvision ({error})") from error
 
     options = {"norm_layer": FrozenBatchNorm2d, **(backbone_options or {})}
-    resnet = models.BUILDERS[f"resnet{depth}"](weights=weights_backbone, progress=progress, **options)
+    resnet: models.ResNet
+    if narrow:
+        resnet = NarrowResNet(models.BasicBlock, (2, 2, 2, 2), **options)
+        load_weights(resnet, weights_backbone)
+    else:
+        resnet = models.BUILDERS[f"resnet{depth}"](weights=weights_backbone, progress=progress, **options)
     freeze(resnet, STAGES[:frozen_stages])
     block: Any = resnet.layer4[0]
     _set_stride(block, (2 if roi_size >= 14 else 1) if roi_stride is None else roi_stride)
-    channels = [planes * block.expansion for planes in (256, 512)]
+    channels = [planes * block.expansion // (4 if narrow else 1) for planes in (256, 512)]
     backbone: Any = IntermediateLayerGetter(resnet, {"layer3": "0"})
     backbone.out_channels = channels[0]
     model = FasterRCNN(
