@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .. import models
+from .. import macs, models
 from ..convert import convert
 from ..tables import DISTURBED, significant
 from ..timing import Bystanders, clock_for, interleave, percentiles
@@ -108,8 +108,6 @@ def run(
 
 
 def _measured(entry: Entry, batch: int, device: torch.device, seconds: float) -> dict[str, Any] | None:
-    from .. import macs
-
     try:
         model = _built(entry)
     except ImportError:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .. import macs
 from . import nets
 from .nets import Net
 from .output import Images, Report, Shown, Table, Tables, integer, spans, spread, text
@@ -79,8 +80,6 @@ def epochs(results: Sequence[Result]) -> Table:
 
 def summarise(table: Table, classes: int, plan: Plan) -> Table:
     """A line for each net: its size, and errors after the last epoch over its seeds."""
-    from .. import macs
-
     errors = {column: errors_of(table, column) for column in ERRORS}
     summary = []
     for net in dict.fromkeys(Net(row["kind"], row["depth"]) for row in table):

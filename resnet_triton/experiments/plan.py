@@ -70,7 +70,7 @@ class Plan:
 #: What is taken for a kind of data where nothing else is said. Digits of 8 pixels, or a learning rate of 0.1, are too
 #: little and too much for residual nets of 56 layers; CIFAR-10 has the paper's recipe.
 DEFAULTS = {
-    "digits": Plan("digits", size=12, channels=1, epochs=10, batch_size=64, lr=0.05),
+    "digits": Plan("digits", size=12, channels=1, epochs=8, batch_size=64, lr=0.05),
     "mnist5k": Plan("mnist5k", size=14, channels=1, epochs=10, batch_size=64, lr=0.05),
     "cifar10": Plan("cifar10", size=32, channels=3, schedule=None, warmup=None, recipe="paper-cifar"),
 }
