@@ -60,7 +60,7 @@ def features(model: nn.Module, layers: Sequence[str]) -> nn.Module:
         ValueError: another network, no layer, or a layer that it does not have or whose output does not last.
     """
     check_module(model, "features", inplace=is_converted(model))
-    trunk = children_of(model if is_converted(model) else convert(model), "features")
+    trunk = _children_of(model if is_converted(model) else convert(model))
     wanted = [layers] if isinstance(layers, str) else list(layers)
     # a ReLU that works in place overwrites what comes before it
     lost = [name for name, behind in itertools.pairwise(trunk) if getattr(trunk[behind], "inplace", False)]
@@ -74,7 +74,7 @@ def features(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     return convert(getter.train(model.training), inplace=True)
 
 
-def children_of(model: nn.Module, function: str) -> OrderedDict[str, nn.Module]:
+def _children_of(model: nn.Module) -> OrderedDict[str, nn.Module]:
     """The children of a converted network up to its pool.
 
     Raises:
@@ -83,7 +83,7 @@ def children_of(model: nn.Module, function: str) -> OrderedDict[str, nn.Module]:
     marker: Any = getattr(type(model), "_resnet_triton", None)
     if marker is None or marker.kind != "container" or not isinstance(marker.spec, TrunkSpec):
         raise ValueError(
-            f"{function} takes a ResNet of this package, torchvision or timm, got {original_class(model).__name__}; "
+            f"features takes a ResNet of this package, torchvision or timm, got {original_class(model).__name__}; "
             "pass the network itself, not what holds it"
         )
     return OrderedDict((name, getattr(model, name)) for name in marker.spec.children)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from resnet_triton import convert, models
+from resnet_triton import convert, models, unconvert
+from resnet_triton.errors import tensors_of
 from resnet_triton.evaluation import CAFFE, IMAGENET, Dense, Errors, OneCrop, Pixels, Plain, TenCrop, evaluate
 from resnet_triton.evaluation.errors import ranks
 from resnet_triton.evaluation.images import load_images
@@ -175,27 +176,45 @@ def test_views_are_where_they_should_be():
     assert torch.equal(whole[0][1], whole[0][0].flip(2))
 
 
-def test_dense_is_the_network_itself_on_its_own_size_and_runs_fused():
-    model = convert(bottlenecks((1, 1, 1, 1)))
-    net = FullyConvolutional(model, 64)
+def timm_net() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+def hugging_face_net() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, embedding_size=8, num_labels=10)
+    return transformers.ResNetForImageClassification(config)
+
+
+@pytest.mark.parametrize(
+    "build",
+    (lambda: bottlenecks((1, 1, 1, 1)), timm_net, hugging_face_net, lambda: models.preact_cifar_resnet(20)),
+    ids=("torchvision", "timm", "transformers", "preact"),
+)
+def test_dense_is_the_network_itself_on_its_own_size_and_runs_fused(build):
+    model = convert(randomise(build().double()))
+    net = FullyConvolutional(model, 64).eval()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        same_math(net(x)[:, :, 0, 0], model(x))
-        assert net(torch.cat([x, x], 3)).shape == (2, 10, 1, 3)
-    counts = calls(net, torch.cat([x, x], 3))
-    assert counts.pop("aten") == 1  # the classifier
-    assert counts["stem"] == 1 and "block_tail" in counts
+        expected = tensors_of(model(x))[0]
+        same_math(net(x)[:, :, 0, 0], expected)
+        same_math(FullyConvolutional(unconvert(model), 64)(x)[:, :, 0, 0], expected)
+        wide = net(torch.cat([x, x], 3))
+        assert wide.shape == (2, 10, 1, 1 + net.pool.window[1])
+        same_math(tensors_of(model(x))[0], expected)  # the network itself is as it was
+    ours, theirs = calls(net, x), calls(model, x)
+    ours.pop("head", None), theirs.pop("head", None)  # the network's pool and classifier
+    assert ours == theirs and sum(ours.values()) > 3
+    assert all(a is b for a, b in zip(net.parameters(), model.parameters(), strict=True))
 
 
-def test_dense_needs_a_known_trunk_and_head():
-    with pytest.raises(
-        ValueError, match="the dense protocol takes a ResNet of this package, torchvision or timm, got Se"
-    ):
-        FullyConvolutional(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    model = basics((1, 1, 1, 1))
-    model.fc = nn.Sequential(model.fc)
-    with pytest.raises(ValueError, match=r"needs a global average pool and a linear classifier: fc is Sequential"):
-        FullyConvolutional(model)
+def test_dense_needs_one_global_pool():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    with pytest.raises(ValueError, match="needs one global average pool to slide, Sequential has none; choose 1-crop"):
+        FullyConvolutional(net)
+    with pytest.raises(ValueError, match=r"Sequential has 1\.avgpool, 2; choose"):
+        FullyConvolutional(nn.Sequential(nn.Identity(), basics((1, 1, 1, 1)), nn.AdaptiveAvgPool2d((1, 1))))
 
 
 class Given(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import tensors_of
 from ..runs.data import evaluation_requests, loader
 from .errors import Errors
 from .pixels import IMAGENET, Pixels
@@ -154,9 +155,9 @@ class _Scorer:
 
     def _scores(self, views: Tensor) -> Tensor:
         x = self.pixels(views.to(self.device, non_blocking=True)).to(self.dtype)
-        logits = self.model(x.contiguous(memory_format=torch.channels_last))
-        if not isinstance(logits, Tensor) or logits.dim() not in (2, 4) or len(logits) != len(views):
-            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        logits = tensors_of(self.model(x.contiguous(memory_format=torch.channels_last)))[0]
+        if logits.dim() not in (2, 4) or len(logits) != len(views):
+            came = tuple(logits.shape)
             raise ValueError(f"a classifier gives one score an image and class; the network gives {came}")
         # float64: in fp32 small softmaxes become zero, and ties
         logits = logits.double()

@@ -3,8 +3,8 @@
 =======  ==========================================================================================================
 1-crop   shorter side resized to 256, the centre of 224
 10-crop  the centre and the four corners of that image, and their mirror images
-dense    whole images with shorter sides 224, 256, 384, 480 and 640, and their mirror images; the classifier is a 1x1
-         convolution on every 7x7 window of the last feature map ([P] section 3.4, after VGG)
+dense    whole images with shorter sides 224, 256, 384, 480 and 640, and their mirror images; the global average pool
+         slides as a 7x7 window over the last feature map, and the classifier is a 1x1 convolution behind it
 plain    the image as it is
 =======  ==========================================================================================================
 
@@ -14,6 +14,7 @@ averaged, then those of an image's views, then those of an ensemble's networks, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,10 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import nn as fused
-from ..convert import convert, is_converted
-from ..structure import why_not_head
-from ..transfer import children_of
+from ..errors import tensors_of
 
 #: What a score is.
 AVERAGES = ("softmax", "logits")
@@ -194,36 +192,71 @@ def _stack(images: Sequence[Any]) -> Tensor:
 
 
 class FullyConvolutional(nn.Module):
-    """A ResNet that scores every window of an image: its pool slides at stride 1, its ``fc`` is a 1x1 convolution.
+    """A classifier that scores every window of an image: its pool slides at stride 1, the classifier sees each.
 
-    The trunk runs fused. Of an image of the crops' size there is one window, and its score is the network's own.
+    That is the network with its classifier as a 1x1 convolution. All else is the network's own forward, fused where it
+    is converted. Of an image of the crops' size there is one window, and its score is the network's own.
 
     Args:
-        model: a ResNet of this package, torchvision or timm, in eval mode; a copy of one that is not converted is.
+        model: in eval mode, with one global average pool and a classifier behind it. Its tensors are shared.
         size: height and width in pixels of the crops whose feature map is one window.
 
     Raises:
-        ValueError: for another network, or a head that is not a global average and ``fc``.
+        ValueError: the model has no global average pool, or more than one, or cannot be copied.
     """
 
     def __init__(self, model: nn.Module, size: int = 224) -> None:
         super().__init__()
-        self.model = model if is_converted(model) else convert(model)
-        children_of(self.model, "the dense protocol")
-        if reason := why_not_head(self.model):
-            raise ValueError(f"the dense protocol needs a global average pool and a linear classifier: {reason}")
-        weight, conv = self._fc.weight, next(m for m in self.model.modules() if isinstance(m, nn.Conv2d))
+        pools = [name for name, m in model.named_modules() if _is_global_pool(m)]
+        pools = [name for name in pools if name.rpartition(".")[0] not in pools]  # timm's holds PyTorch's
+        if len(pools) != 1:
+            found = ", ".join(pools[:4]) or "none"
+            raise ValueError(
+                f"the dense protocol needs one global average pool to slide, {type(model).__name__} has {found}; "
+                "choose 1-crop or 10-crop"
+            )
+        tensors = [*model.parameters(), *model.buffers()]
+        try:
+            self.model = copy.deepcopy(model, {id(t): t for t in tensors})
+        except Exception as error:  # a handle in a hook: copying calls foreign code
+            raise ValueError(f"the dense protocol cannot copy the {type(model).__name__}: {error}") from error
+        self.pool = SlidingPool()
+        owner, _, name = pools[0].rpartition(".")
+        setattr(self.model.get_submodule(owner), name, self.pool)
+        like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
         with torch.no_grad():
-            self.window = self._maps(weight.new_zeros(1, conv.in_channels, size, size)).shape[2]
-
-    @property
-    def _fc(self) -> Any:
-        return self.model.fc
-
-    def _maps(self, x: Tensor) -> Tensor:
-        return fused.run_trunk(fused.trunk_of(self.model), x)[""]
+            self.model(like.new_zeros(1, channels, size, size))  # shows how large a window is
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` to logits ``[N, classes, P, Q]`` of P x Q windows."""
-        pooled = F.avg_pool2d(self._maps(x), self.window, stride=1)
-        return F.conv2d(pooled, self._fc.weight[:, :, None, None], self._fc.bias)
+        logits = tensors_of(self.model(x))[0]
+        return logits.unflatten(0, (len(x), *self.pool.positions)).permute(0, 3, 1, 2)
+
+
+class SlidingPool(nn.Module):
+    """In place of a global average pool: averages over windows as large as the first feature map that came.
+
+    Attributes:
+        window: height and width of a window.
+        positions: rows and columns of windows in the last call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window: tuple[int, ...] = ()
+        self.positions: tuple[int, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to ``[N * P * Q, C]``: each window is an image of its own to what follows."""
+        self.window = self.window or tuple(x.shape[2:])
+        pooled = F.avg_pool2d(x, self.window, stride=1)
+        self.positions = tuple(pooled.shape[2:])
+        return pooled.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _is_global_pool(m: nn.Module) -> bool:
+    """An average over the whole image, of PyTorch or timm."""
+    if type(m).__name__ == "SelectAdaptivePool2d":
+        return getattr(m, "pool_type", "") == "avg"
+    return type(m) is nn.AdaptiveAvgPool2d and m.output_size in (1, (1, 1))
