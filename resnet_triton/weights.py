@@ -17,6 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -255,7 +256,8 @@ def _read_pickle(path: Path) -> Any:
         pickled = file.read(1) == pickle.PROTO
     _check_expansion(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # A damaged file raises whatever its first bad byte leads to, KeyError included. Text read as a pickle
         # soon meets an unsupported operand, so that alone does not mean code.
@@ -272,6 +274,14 @@ def _read_pickle(path: Path) -> Any:
                 "'weights.safetensors')."
             ) from error
         raise _corrupt(path, error) from error
+
+
+def _numpy_numbers() -> list[Any]:
+    """What single numbers of numpy are pickled as: scripts store accuracies beside the weights. Arrays stay refused."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = (type(np.dtype(kind)) for kind in ("?", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8"))
+    # The module was renamed in numpy 2; files have the name of their day.
+    return [*((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype, *kinds]
 
 
 def _check_expansion(path: Path) -> None:

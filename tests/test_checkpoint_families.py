@@ -4,10 +4,12 @@ written out here, unfolded and folded. Which network it is follows from the file
 from __future__ import annotations
 
 import logging
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,6 +226,35 @@ def test_half_precision_files() -> None:
     loaded = cifar_resnet(8, weights=half)
     assert loaded.fc.weight.dtype == torch.float32
     identical(loaded.fc.weight.detach(), half["linear.weight"].float())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_numbers_of_numpy_beside_the_weights(zipped: bool, core: str, tmp_path: Path) -> None:
+    """Scripts store accuracies that numpy computed; numpy 1 and 2 pickle them under two names."""
+    state = checkpoint(SHORTCUT, "A-both", 8)
+    numbers = {"acc": np.float64(93.1), "f": np.float32(1.5), "epoch": np.int64(3), "best": np.bool_(True)}
+    path = tmp_path / "m.pth"
+    torch.save({"net": state, **numbers}, path, _use_new_zipfile_serialization=zipped)
+    other = "_core" if core == "core" else "core"
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry: archive.read(entry) for entry in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for entry, content in entries.items():
+                archive.writestr(entry, content.replace(f"numpy.{other}.m".encode(), f"numpy.{core}.m".encode()))
+    else:
+        path.write_bytes(path.read_bytes().replace(f"numpy.{other}.m".encode(), f"numpy.{core}.m".encode()))
+    report = inspect(path)
+    assert report.ignored == tuple(numbers) and report.wrappers == ("net",)
+    identical(cifar_resnet(8, weights=path).fc.bias.detach(), state["linear.bias"])
+
+
+def test_arrays_of_numpy_stay_refused(tmp_path: Path) -> None:
+    for i, extra in enumerate((np.ones(3), np.array([object()], dtype=object))):
+        torch.save({"net": checkpoint(PLAIN, "A", 8), "extra": extra}, tmp_path / f"{i}.pth")
+        with pytest.raises(ValueError, match=r"is refused: .*run code"):
+            inspect(tmp_path / f"{i}.pth")
 
 
 def test_the_report_says_what_was_found_and_done(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
