@@ -34,8 +34,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     model_kwargs_argument(parser)
     parser.add_argument(
         "--weights",
-        help="a .pth or .safetensors file, or a name of torchvision's weights, which is downloaded; "
-        "the default is random weights",
+        help="a file (.pth, .pt, .th, .safetensors, ..., .caffemodel), or a name of torchvision's weights, which is "
+        "downloaded; the default is random weights",
     )
 
 
