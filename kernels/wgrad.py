@@ -9,7 +9,9 @@ input channels and a group of filter taps, walks over its share of the boxes of 
 each tap in registers. Boxes and padding are those of ``conv_tma``.
 
 With stride 1, tap (r, s) needs pairs of pixels that are (r, s) apart, whichever of the two is shifted. So the input's
-box moves with r and the gradient's box with s: RT x ST taps need RT + ST boxes. Otherwise the input's moves with both.
+box moves with r and the gradient's box with s: RT x ST taps need RT + ST boxes. With stride 2, a tap reads every second
+pixel of a row: either those of even columns or those of odd ones, at one shift of the gradient or another. So the three
+taps of a filter row need two boxes of each, none of which has padding. Otherwise the input's box moves with both.
 
 The shares are added in a fixed order by ``sum_parts``: no atomics, results repeat bitwise.
 """
@@ -45,6 +47,12 @@ def load_box(t, n0, p0, q0, c0, BM: tl.constexpr, BN: tl.constexpr, FLAT: tl.con
 
 
 @triton.jit
+def replaced(values, i: tl.constexpr, value):
+    """A tuple with another i-th element."""
+    return values[:i] + (value,) + values[i + 1 :]  # noqa: RUF005  the compiler knows no starred elements
+
+
+@triton.jit
 def gradient_box(
     dy, other, g1, g2, g3, inside, n0, p0, q0, k0,
     BM: tl.constexpr, BN: tl.constexpr, FLAT: tl.constexpr, KIND: tl.constexpr,
@@ -66,7 +74,7 @@ def wgrad(
     x, dy, other, g1, g2, g3, scale, shift, parts, sums, N, H, W, P, Q, C, K, BOXES, ACROSS, PART,
     R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr,
     RT: tl.constexpr, ST: tl.constexpr, CENTRE: tl.constexpr, CENTRE_ROW: tl.constexpr, SHIFTED: tl.constexpr,
-    FLAT: tl.constexpr, KIND: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTS: tl.constexpr, FLAT: tl.constexpr, KIND: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, ROW_PADDING: tl.constexpr, COLUMN_PADDING: tl.constexpr,
     SKIP: tl.constexpr,
@@ -74,10 +82,13 @@ def wgrad(
     """One share of the pixels for BN output channels, BC input channels and RT x ST taps.
 
     ``x, dy, other`` are tensor descriptors: of rank 2 where ``FLAT``, and of rank 5 for a strided x. With ``SHIFTED``
-    the boxes tile the columns of x, else those of dy; ``ACROSS`` is their number. ``sums`` comes from the taps of
-    filter column ``CENTRE``, whose boxes of dy cover each pixel once. With ``SKIP``, in rows of padding the gradient is
-    zeroed and not x, and the sums come from filter row ``CENTRE_ROW``, which meets none.
+    the boxes tile the columns of x, else those of dy; ``ACROSS`` is their number. Of a strided x they tile either half
+    of rows and columns, and RT is 1. ``sums`` comes from the taps of filter column ``CENTRE``, whose boxes of dy cover
+    each pixel once. With ``SKIP``, in rows of padding the gradient is zeroed and not x, and the sums come from filter
+    row ``CENTRE_ROW``, which meets none.
     """
+    HALVES: tl.constexpr = SHIFTED and STRIDE == 2
+    BOXES_OF_ROW: tl.constexpr = 2 if HALVES else 1 if SHIFTED else ST
     BM: tl.constexpr = TN * TH * TW
     column_blocks = tl.cdiv(K, BN)
     row_blocks = tl.cdiv(C, BC)
@@ -114,62 +125,74 @@ def wgrad(
     else:
         n0, p0, q0 = box_origin(first, P, ACROSS, TN, TH, TW)
     for _ in range(first, end):
-        # All operands before the first product: a wait between two products would make each of them wait.
+        # All loads before the first product: a wait between two products would make each of them wait.
         d_n0 = n0
+        d_p0 = p0
+        if HALVES:
+            d_p0 -= (r0 * DIL - PAD) >> 1
         if SKIP:  # a row of padding meets a gradient of zeros: of an image that does not exist
             h_row = p0 + r0 * DIL - PAD
             d_n0 = tl.where((h_row >= 0) & (h_row < H), n0, N)
         ds = ()
-        for s in tl.static_range(ST if SHIFTED else 1):
+        for s in tl.static_range(SHIFTS):
             d_q0 = q0
-            if SHIFTED:
+            if HALVES:
+                d_q0 += s
+            elif SHIFTED:
                 d_q0 += PAD - (s0 + s) * DIL
             if FLAT:
                 inside = q0 + pixel < Q
             else:
                 d_column = d_q0 + column
-                inside = (image < N - d_n0) & (row < P - p0) & (d_column >= 0) & (d_column < Q)
-            d = gradient_box(dy, other, v1, v2, v3, inside[:, None], d_n0, p0, d_q0, k0, BM, BN, FLAT, KIND)
+                inside = (image < N - d_n0) & (row < P - d_p0) & (d_column >= 0) & (d_column < Q)
+            d = gradient_box(dy, other, v1, v2, v3, inside[:, None], d_n0, d_p0, d_q0, k0, BM, BN, FLAT, KIND)
             if sums is not None:
-                if s == (CENTRE if SHIFTED and ST == S else 0):
+                if s == (CENTRE if SHIFTED and not HALVES and ST == S else 0):
                     total += tl.sum(d.to(tl.float32).reshape(BM // ROWS, ROWS, BN), 0)
             ds += (d,)
-        hs = ()
-        for r in tl.static_range(RT):
-            for s in tl.static_range(1 if SHIFTED else ST):
-                if SAME:
-                    h = ds[0]
-                else:
-                    dh = (r0 + r) * DIL - PAD
-                    dw = 0 if SHIFTED else (s0 + s) * DIL - PAD
-                    if STRIDE == 1:
-                        h = load_box(x, n0, p0 + dh, q0 + dw, c0, BM, BC, FLAT)
-                    else:  # input row 2*p + dh is row p + dh//2 of half dh%2
-                        h = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0]).reshape(BM, BC)
-                    if scale is not None:
-                        bias = x_shift
-                        if (ROW_PADDING or COLUMN_PADDING) and not SKIP:
-                            # The TMA reads zeros in the padding, and BN and ReLU of zero without a shift are zero.
-                            h_row = p0 * STRIDE + dh
-                            padding = (h_row < 0) | (h_row >= H)
-                            if COLUMN_PADDING or TH > 1:
-                                h_row += row * STRIDE
-                                h_column = (q0 + column) * STRIDE + dw
-                                padding = (h_row < 0) | (h_row >= H) | (h_column < 0) | (h_column >= W)
-                                padding = padding[:, None]
-                            bias = tl.where(padding, 0.0, x_shift)
-                        h = bn_relu(h, x_scale, bias)
-                hs += (h,)
-        new = ()
-        for r in tl.static_range(RT):
-            for s in tl.static_range(ST):
-                # What several products share is the left operand: it passes through registers.
-                if SHIFTED:
-                    acc = tl.dot(hs[r].T, ds[s], accs[r * ST + s], input_precision=PRECISION)
-                else:
-                    acc = tl.dot(ds[0].T, hs[r * ST + s], accs[r * ST + s], input_precision=PRECISION)
-                new += (acc,)
-        accs = new
+        raw = ()
+        for box in tl.static_range(RT * BOXES_OF_ROW):
+            dh = (r0 + box // BOXES_OF_ROW) * DIL - PAD
+            dw = 0 if SHIFTED else (s0 + box % BOXES_OF_ROW) * DIL - PAD
+            if SAME:
+                h = ds[0]
+            elif HALVES:
+                h = x.load([n0, p0, dh & 1, q0, box * C + c0]).reshape(BM, BC)
+            elif STRIDE == 1:
+                h = load_box(x, n0, p0 + dh, q0 + dw, c0, BM, BC, FLAT)
+            else:  # input row 2*p + dh is row p + dh//2 of half dh%2
+                h = x.load([n0, p0 + (dh >> 1), dh & 1, q0 + (dw >> 1), (dw & 1) * C + c0]).reshape(BM, BC)
+            raw += (h,)
+        for box in tl.static_range(RT * BOXES_OF_ROW):  # normalised while the products of the one before are under way
+            h = raw[box]
+            if scale is not None and not SAME:
+                bias = x_shift
+                if (ROW_PADDING or COLUMN_PADDING) and not SKIP:
+                    # The TMA reads zeros in the padding, and BN and ReLU of zero without a shift are zero.
+                    dh = (r0 + box // BOXES_OF_ROW) * DIL - PAD
+                    h_row = p0 * STRIDE + dh
+                    padding = (h_row < 0) | (h_row >= H)
+                    if COLUMN_PADDING or TH > 1:
+                        dw = 0 if SHIFTED else (s0 + box % BOXES_OF_ROW) * DIL - PAD
+                        h_row += row * STRIDE
+                        h_column = (q0 + column) * STRIDE + dw
+                        padding = (h_row < 0) | (h_row >= H) | (h_column < 0) | (h_column >= W)
+                        padding = padding[:, None]
+                    bias = tl.where(padding, 0.0, x_shift)
+                h = bn_relu(h, x_scale, bias)
+            # What several products share is the left operand: it passes through registers.
+            for tap in tl.static_range(RT * ST):
+                if HALVES:  # column 2*q + dw is column q + dw//2 of half dw%2
+                    if ((tap * DIL - PAD) & 1) == box:
+                        acc = tl.dot(h.T, ds[-((tap * DIL - PAD) >> 1)], accs[tap], input_precision=PRECISION)
+                        accs = replaced(accs, tap, acc)
+                elif SHIFTED:
+                    if tap // ST == box:
+                        acc = tl.dot(h.T, ds[tap % ST], accs[tap], input_precision=PRECISION)
+                        accs = replaced(accs, tap, acc)
+                elif tap == box:
+                    acc = tl.dot(ds[0].T, h, accs[tap], input_precision=PRECISION)
+                    accs = replaced(accs, tap, acc)
         q0 += TW  # counted, because divisions would cost more instructions than the products
         if not FLAT:
             p0 = tl.where(q0 < ACROSS, p0, p0 + TH)
@@ -194,7 +217,7 @@ def wgrad(
 def tap_group(shape: ConvShape, config: ConvConfig) -> tuple[int, int]:
     """Filter rows and columns whose taps share a program: all, one row, or a single tap, as the registers allow."""
     thread = config.bn * config.bk / (32 * config.warps)
-    for rows, columns in ((shape.r, shape.s), (1, shape.s)):
+    for rows, columns in ((1 if halves(shape, config) else shape.r, shape.s), (1, shape.s)):
         if rows * columns * thread <= MOST_ACCUMULATORS:
             return rows, columns
     return 1, 1
@@ -209,6 +232,17 @@ def shifts_gradient(shape: ConvShape) -> int | None:
         return None
     centre = shape.padding // shape.dilation
     return centre if centre < shape.s and shape.q <= shape.w else None
+
+
+def strided_3x3(shape: ConvShape) -> bool:
+    """Whether the halves of x's columns meet no padding, each at one or two shifts of the gradient."""
+    same = (shape.r, shape.s, shape.stride, shape.padding, shape.dilation) == (3, 3, 2, 1, 1)
+    return same and shape.h % 2 == shape.w % 2 == 0
+
+
+def halves(shape: ConvShape, config: ConvConfig) -> bool:
+    """Whether boxes are of the halves of x's columns; with fewer channels, a box for each tap takes less."""
+    return config.bk >= 128 and strided_3x3(shape)
 
 
 def wgrad_configs(
@@ -235,8 +269,10 @@ def wgrad_configs(
             tiles = [(256, 64, 8, 3), (64, 256, 8, 3), (64, 64, 4, 3)]
     elif prologue:
         tiles = [(64, 64, 4 if min(k, c) >= 64 else 8, 2)]
-    elif shifts_gradient(shape) is None:  # an input box for each tap
-        tiles = [(128, 64, 8, 2), (64, 64, 4, 2)] if normalised else [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
+    elif shifts_gradient(shape) is None:
+        tiles = [(128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)]
+        if normalised and not strided_3x3(shape):  # an input box for each tap
+            tiles = tiles[1:]
     else:
         tiles = [(128, 128, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)]
     rolling = [] if prologue else rolling_wgrad_configs(shape, itemsize, multiprocessors)
@@ -434,14 +470,15 @@ def _launch(
         x_box = described(x, bk)
     else:
         image, row, pixel, _ = x.stride()
-        halves = [shape.n, shape.h // 2, 2, shape.w // 2, 2 * shape.c]
-        x_box = TensorDescriptor(x, halves, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
+        sizes = [shape.n, shape.h // 2, 2, shape.w // 2, 2 * shape.c]
+        x_box = TensorDescriptor(x, sizes, [image, 2 * row, row, 2 * pixel, 1], [tn, th, 1, tw, bk])
     centre = shifts_gradient(shape)
-    # where the gradient moves, x is the left operand, of which wgmma takes no fewer than 64 rows
-    shifted = centre is not None and not (x.element_size() == 2 and bk < 64 <= bn)
-    across = shape.w if shifted else shape.q
-    boxes = cdiv(shape.m, tw) if flat else cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(across, tw)
     rt, st = tap_group(shape, config)
+    halved = halves(shape, config) and st == shape.s
+    # where the gradient moves, x is the left operand, of which wgmma takes no fewer than 64 rows
+    shifted = halved or (centre is not None and not (x.element_size() == 2 and bk < 64 <= bn))
+    across = shape.w if shifted and not halved else shape.q
+    boxes = cdiv(shape.m, tw) if flat else cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(across, tw)
     blocks = cdiv(shape.k, bn) * cdiv(shape.c, bk) * (shape.r // rt) * (shape.s // st)
     if split > boxes:
         raise ValueError(f"split={split} shares {boxes} boxes of pixels; allowed: at most {boxes}. Take fewer shares.")
@@ -453,8 +490,9 @@ def _launch(
     scale, shift = (None, None) if x_prologue is None else (x_prologue.scale, x_prologue.shift)
     rows = min(config.bm, max(1, 512 * config.warps // x.element_size() // bn))
     # a pixel of x outside the image counts where it meets one of dy inside
-    rows_outside = shape.padding > 0
+    rows_outside = shape.padding > 0 and not halved
     columns_outside = shape.w % tw > 0 and not flat if shifted else shape.padding > 0
+    columns_outside = columns_outside and not halved
     one_row = th == rt == 1 and shape.p <= shape.h and (centre or 0) < shape.r
     skip = shifted and one_row and x_prologue is not None and rows_outside and not columns_outside
     count("wgrad")
@@ -462,7 +500,8 @@ def _launch(
         x_box, described(dy, bn), described(other, bn), *g, scale, shift, parts, sum_out,
         shape.n, shape.h, shape.w, shape.p, shape.m if flat else shape.q, shape.c, shape.k, boxes, across, length,
         R=shape.r, S=shape.s, STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation,
-        RT=rt, ST=st, CENTRE=centre or 0, CENTRE_ROW=centre if skip else 0, SHIFTED=shifted,
+        RT=rt, ST=st, CENTRE=centre or 0, CENTRE_ROW=1 if halved else centre if skip else 0, SHIFTED=shifted,
+        SHIFTS=2 if halved else st if shifted else 1,
         FLAT=flat, KIND=kind, SAME=same, PRECISION=precision,
         TN=tn, TH=th, TW=tw, BC=bk, BN=bn, SPLIT=split, ROWS=rows,
         ROW_PADDING=rows_outside, COLUMN_PADDING=columns_outside, SKIP=skip,

@@ -143,6 +143,24 @@ def test_exact_rows_of_padding(kind: str) -> None:
     Case(ConvShape(3, 5, 8, 16, 24, 3, 3, 1, 1), kind, True).check(tiling)
 
 
+@pytest.mark.parametrize(
+    ("kind", "normalised", "box"),
+    [("none", True, (2, 4, 8)), ("bn", False, (16, 2, 2)), ("mask", True, (1, 2, 16))],
+    ids=str,
+)
+def test_exact_halves_of_columns(kind: str, normalised: bool, box: tuple[int, int, int]) -> None:
+    """128 input channels a program and stride 2: a box of either half of the columns for the taps of a filter row."""
+    tiling = config(16, 128, 2, box)
+    assert tap_group(STRIDED, tiling) == (1, 3)
+    Case(STRIDED, kind, normalised).check(tiling)
+
+
+def test_exact_strided_tap_of_wide_blocks() -> None:
+    tiling = config(64, 128, warps=1)
+    assert tap_group(STRIDED, tiling) == (1, 1)
+    Case(STRIDED, "mask", True).check(tiling)
+
+
 @pytest.mark.parametrize("split", [2, 5, 6])
 def test_exact_splits(split: int) -> None:
     """Six boxes of pixels."""
