@@ -6,20 +6,24 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from resnet_triton import convert, explain, reference, use_backend
+from resnet_triton import convert, explain, preact, reference, use_backend
 from resnet_triton.kernels.bn_act import launch_bn_act
 from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.kernels.conv1x1 import launch_conv1x1
+from resnet_triton.kernels.conv_stats import launch_conv_stats
 from resnet_triton.kernels.epilogue import Operands
 from resnet_triton.kernels.geometry import ConvShape
-from resnet_triton.kernels.prologue import launch_bn_vectors
+from resnet_triton.kernels.prologue import Normalised, launch_bn_vectors
 from resnet_triton.kernels.train_passes import launch_bn_backward
 from resnet_triton.models import PreActBasicBlock, PreActBottleneck, PreActCifarResNet
 from resnet_triton.models.preact import ZeroPad, _projection
+from resnet_triton.training.reference import merge
 from tests.cases import EPS, FULL, ConvInputs, Guarded, conv_inputs, integers
 from tests.comparers import GRADIENT, identical, no_worse_than
+from tests.interpreter.test_conv_stats import config_of as conv_stats_config
+from tests.interpreter.test_conv_stats import moments_of, parts_of, small
 from tests.interpreter.test_training_interpreted import check, lively
 from tests.networks import randomise
 
@@ -87,6 +91,52 @@ def test_the_pass_writes_elsewhere_than_it_reads() -> None:
     identical(y, behind(conv_inputs(shape, dtype=torch.bfloat16).replaced(x=x), lead).x)
 
 
+@pytest.mark.parametrize(
+    ("shape", "box", "parts", "dtype"),
+    [
+        (ConvShape(2, 8, 8, 16, 16, 3, 3, 1, 1), (1, 4, 8), 2, torch.bfloat16),
+        (ConvShape(4, 4, 4, 32, 40), (1, 1, 16), 2, torch.float16),
+        (ConvShape(1, 4, 8, 16, 16, 3, 3, 1, 1), (1, 4, 4), 1, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_convolution_adds_the_shortcut_before_its_statistics(shape, box, parts, dtype) -> None:
+    config, inputs, guarded = conv_stats_config(box), small(shape, dtype, True), Guarded()
+    residual = integers(shape.n, shape.p, shape.q, shape.k, dtype=dtype)
+    expected = (inputs.expected() + residual.double()).to(dtype)
+    y = guarded.output(*residual.shape, dtype=dtype)
+    statistics = guarded.output(parts, 3, shape.k, dtype=torch.float32)
+    x, w, addend = (guarded.input(t) for t in (inputs.x, inputs.w, residual))
+    prologue = Normalised(guarded.input(inputs.scale), guarded.input(inputs.shift))
+    launch_conv_stats(x, w, y, statistics, shape, prologue, config, "ieee", addend)
+    guarded.verify()
+    identical(y, expected)
+    identical(statistics, moments_of(expected, parts_of(shape, config, parts), parts).float())
+
+
+def test_a_rolling_kernel_adds_no_shortcut() -> None:
+    shape = ConvShape(1, 4, 16, 16, 16, 3, 3, 1, 1)
+    inputs, config = small(shape, torch.bfloat16, False), ConvConfig("conv_stats_rolling", (1, 1, 16), 16, 16)
+    with pytest.raises(ValueError, match="adds no residual"):
+        launch_conv_stats(inputs.x, inputs.w, inputs.x.clone(), None, shape, None, config, "ieee", inputs.x)
+
+
+def test_an_overhanging_tile_adds_the_shortcut() -> None:
+    shape = ConvShape(3, 7, 5, 16, 24, 3, 3, 1, 1)
+    inputs, guarded = small(shape, torch.bfloat16, True), Guarded()
+    residual = integers(3, 7, 5, 24, dtype=torch.bfloat16)
+    expected = (inputs.expected() + residual.double()).to(torch.bfloat16)
+    y, statistics = torch.empty_like(residual), torch.empty(3, 3, 24)
+    prologue, addend = Normalised(inputs.scale, inputs.shift), guarded.input(residual)
+    launch_conv_stats(inputs.x, inputs.w, y, statistics, shape, prologue, conv_stats_config((2, 4, 4)), "ieee", addend)
+    identical(y, expected)
+    count, mean, m2 = merge(statistics)
+    assert count.eq(shape.m).all()
+    exact = expected.double().flatten(0, 2)
+    no_worse_than(mean, exact.float().mean(0), exact.mean(0))
+    no_worse_than(m2 / count, exact.float().var(0, False), exact.var(0, False))
+
+
 def test_bn_backward_adds_the_shortcuts_gradient() -> None:
     dz, c, added = (integers(3, 5, 7, 24, dtype=torch.bfloat16) for _ in range(3))
     g, guarded = integers(3, 24), Guarded()
@@ -134,7 +184,29 @@ def test_training_errs_no_more_than_pytorch(name, counts) -> None:
     if block.preact == "branch":
         convs = 3 if isinstance(block, PreActBottleneck) else 2
         assert ran["conv_stats"] == ran["dgrad"] == ran["wgrad"] == convs
-        assert ran["moments"] == 1 and "masked_sums" not in ran
+        assert ran["moments"] == 1 and not ran.keys() & {"masked_sums", "bn_apply"}
+
+
+def test_blocks_hand_on_the_statistics(counts) -> None:
+    """Two blocks and the BN behind them: one pass for the statistics of the first sum, none for the others."""
+    blocks = nn.Sequential(PreActBottleneck(32, 8), PreActBottleneck(32, 8)).train()
+    end, x = nn.BatchNorm2d(32), torch.randn(2, 32, 4, 6).requires_grad_()
+    with torch.no_grad():
+        for p in (*blocks.parameters(), *end.parameters()):
+            p.add_(torch.randn_like(p) / 8)
+    ours, ours_end, ours_x = convert(blocks), copy.deepcopy(end), x.detach().clone().requires_grad_()
+    exact, exact_end = copy.deepcopy(blocks).double(), copy.deepcopy(end).double()
+    with use_backend("triton", memory="stored"):
+        counts.clear()
+        y, stats = preact.run_blocks([preact.read(block) for block in ours], ours_x, ours_end)
+        y = preact.bn_relu(y, ours_end, stats)
+        assert counts["moments"] == 1 and counts["finalise"] == 7
+        y.square().sum().backward()
+    exact_x = x.detach().double().requires_grad_()
+    for m, n, t in ((blocks, end, x), (exact, exact_end, exact_x)):
+        n(m(t)).relu().square().sum().backward()
+    no_worse_than(ours_x.grad, x.grad, exact_x.grad, GRADIENT)
+    no_worse_than(ours_end.running_var, end.running_var, exact_end.running_var)
 
 
 def test_a_network_in_fp32(counts) -> None:
