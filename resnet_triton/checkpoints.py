@@ -152,7 +152,7 @@ class Report:
         if self.prefix:
             steps.append(f"{self.prefix!r} removed")
         if self.renamed:
-            steps.append("renamed " + ", ".join(f"{old} -> {new}" for old, new in _parts(self.renamed)))
+            steps.append("renamed " + ", ".join(f"{old} -> {new}" for old, new in _examples(self.renamed)))
         if not any(name.endswith(COUNTER) for name in self.state):
             steps.append(f"no {COUNTER}")
         if self.ignored:
@@ -161,17 +161,13 @@ class Report:
         return f"{self.source}: {family}; {'; '.join(steps)}" + (f"; {self.network}" if self.network else "")
 
 
-def _parts(renamed: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Renames with numbers of stages and blocks left out, each once: ``shortcut.0 -> downsample.0``."""
-    short: dict[tuple[str, str], None] = {}
+def _examples(renamed: Mapping[str, str]) -> list[tuple[str, str]]:
+    """One layer of each kind whose name was changed: its name in the file and ours."""
+    shown: dict[str, tuple[str, str]] = {}
     for old, new in renamed.items():
-        # The same layer, without what stands before it and after it in both names.
-        layer = re.compile(
-            r"(^|.*?\d+\.)((?:body\.|downsample\.|shortcut\.|identity_conv\.)?[^.]+(?:\.[^.]+)?)\.[^.]+$"
-        )
-        a, b = layer.match(old), layer.match(new)
-        short[(a[2], b[2]) if a and b else (old, new)] = None
-    return list(short)
+        layer = old.rpartition(".")[0]
+        shown.setdefault(re.sub(r"\d+", "", layer), (layer, new.rpartition(".")[0]))
+    return list(shown.values())
 
 
 def read(state: Any, source: str, target: Iterable[str] = ()) -> Report:

@@ -274,7 +274,13 @@ def test_the_report_says_what_was_found_and_done(caplog: pytest.LogCaptureFixtur
     assert set(report.state) == {key for key in model.state_dict() if not key.endswith("tracked")}
     (line,) = [record.getMessage() for record in caplog.records if record.name == "resnet_triton.weights"]
     assert line.endswith(str(report)) and "\n" not in line
-    for words in ("m.th", "under state_dict", "'module.' removed", "linear -> fc", "shortcut.0 -> downsample.0"):
+    for words in (
+        "m.th",
+        "under state_dict",
+        "'module.' removed",
+        "linear -> fc",
+        "layer2.0.shortcut.0 -> layer2.0.downs",
+    ):
         assert words in line
     assert "no num_batches_tracked" in line and "ignored best_prec1, optimizer" in line
 
