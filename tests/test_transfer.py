@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import resnet_triton
 from resnet_triton import convert, features, fold, freeze, models, unconvert, unfreeze, use_backend
+from resnet_triton.cli import main
 from resnet_triton.convert import is_converted
+from resnet_triton.runs import build
 from tests.comparers import identical, same_math
 from tests.networks import basics, bottlenecks, calls, images, randomise
 
@@ -221,6 +227,56 @@ def test_freeze_takes_any_module_and_names_what_it_does_not_know():
         freeze(convert(basics()), ["layer1", "layer9"])
     with pytest.raises(ValueError, match="unfreeze knows no stage"):
         unfreeze(net, "")
+
+
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, classes=10):
+        super().__init__(nn.Conv2d(1, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+                         nn.Flatten(), nn.Linear(32, classes))
+"""
+
+
+def test_a_run_begins_with_weights_and_freezes_stages(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "users_frozen_net.py").write_text(NET)
+    train = ["train", "--data", "digits", "--model", "users_frozen_net:Net", "--size", "8", "--batch-size", "256"]
+    train += ["--device", "cpu", "--json"]
+    assert main([*train, "--epochs", "1", "--output", "a"]) == 0
+    first = json.loads(capsys.readouterr().out)["last"]
+    begin = [*train, "--epochs", "2", "--output", "b", "--weights", first]
+    assert main([*begin, "--freeze", "0", "--ema", "0.5"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = load_file(Path(report["last"]).with_name("model.safetensors"))
+    for name, value in load_file(first).items():
+        assert torch.equal(found[name], value) == name.startswith(("0.", "1.")), name
+    assert main([*begin, "--freeze", "0", "--ema", "0.5", "--resume"]) == 0  # it is done
+    assert json.loads(capsys.readouterr().out)["resumed_from"] == "epoch-0002-step-0000000"
+    assert main([*begin, "--ema", "0.5"]) == 2
+    assert "freeze = ['0'] instead of nothing" in capsys.readouterr().err
+    torch.save({name: value * 2 for name, value in load_file(first).items()}, "other.pth")
+    assert main([*begin[:-1], "other.pth", "--freeze", "0", "--ema", "0.5"]) == 2
+    assert "weights = " in capsys.readouterr().err
+    sys.modules.pop("users_frozen_net", None)
+
+
+def test_new_classes_get_a_new_classifier(tmp_path):
+    for depth, name in ((8, "ten"), (14, "deep")):
+        save_file(models.CifarResNet(depth).state_dict(), tmp_path / f"{name}.safetensors")
+    expected = load_file(tmp_path / "ten.safetensors")
+    model = build.build("cifar_resnet8", 3, 3)
+    own = model.fc.weight.clone()
+    digest, new = build.begin_with(model, "cifar_resnet8", str(tmp_path / "ten.safetensors"))
+    assert new == ["fc.weight", "fc.bias"] and torch.equal(model.fc.weight, own) and len(digest) == 16
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items() if not k.startswith("fc."))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"differ from the model in more than its classifier|depth|does not fit"):
+        build.begin_with(model, "cifar_resnet8", str(tmp_path / "deep.safetensors"))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_frozen_network_scripts():

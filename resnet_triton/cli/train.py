@@ -10,6 +10,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..runs.checkpoint import Checkpoints, name_of
 from ..runs.distributed import Processes
 from ..runs.interrupt import Stop
 from ..runs.loop import Trainer
+from ..transfer import freeze
 from .common import channels_of, device_of, in_one_line, model_kwargs_argument, positive
 
 HELP = "train a converted model, with checkpoints from which the same command goes on"
@@ -59,6 +61,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         f"start random (default: {_defaults('model')})",
     )
     model_kwargs_argument(parser)
+    parser.add_argument(
+        "--weights", help="begin with those of a file, or of torchvision by name; a classifier of other classes is new"
+    )
+    parser.add_argument(
+        "--freeze",
+        nargs="+",
+        default=(),
+        metavar="STAGE",
+        help="parts of the model that do not learn and whose BN keeps its statistics (conv1 layer1)",
+    )
     parser.add_argument(
         "--recipe",
         metavar="NAME",
@@ -241,12 +253,17 @@ def _trainer(args: argparse.Namespace, kind: str, processes: Processes, report: 
     settings = _settings(args, kind, len(images.train), model, processes)
     if settings.init is not None:
         recipes.initialise(model, settings.init)
+    if args.weights is not None:
+        began, new = build.begin_with(model, spec, args.weights)
+        settings = replace(settings, weights=began)
+        report.say(f"begins with {args.weights}{'; new are ' + ', '.join(new) if new else ''}")
     channels = channels_of(model)
     images.set_channels(channels)
     what = f"--model {spec} fails on images of {channels}x{size}x{size}"
     in_one_line(what, build.check_outputs, model.eval(), spec, classes, (channels, size, size))
     if settings.sync_bn:
         model = distributed.with_sync_bn(model, processes.device)
+    freeze(model, args.freeze)
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     model.to(processes.device, memory_format=layout)  # type: ignore[call-overload]
     workers = min(defaults.workers, os.cpu_count() or 1) if args.workers is None else args.workers
@@ -303,6 +320,7 @@ def _settings(
         device=processes.device.type,
         processes=processes.count,
         recipe=args.recipe,
+        freeze=tuple(args.freeze),
     )
     if settings.nesterov and not settings.momentum:
         raise ValueError("--nesterov needs a --momentum above 0")

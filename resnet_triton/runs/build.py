@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -33,6 +35,34 @@ def build(spec: str, classes: int, channels: int) -> nn.Module:
     if isinstance(fc, nn.Linear) and fc.out_features != classes:
         model.fc = nn.Linear(fc.in_features, classes, bias=fc.bias is not None)
     return convert(model, inplace=True)
+
+
+def begin_with(model: nn.Module, spec: str, weights: str) -> tuple[str, list[str]]:
+    """Gives a new model the weights of a file; a classifier for other classes keeps its own.
+
+    Args:
+        model: what :func:`build` made of ``spec``.
+        spec: its name.
+        weights: for :func:`resnet_triton.sources.load_model`.
+
+    Returns:
+        A digest of the weights, and the names of tensors that stay as they were: those of one layer, or none.
+
+    Raises:
+        ValueError: more than one layer differs in shape; nothing is changed then.
+        ImportError, OSError: as ``load_model`` does.
+    """
+    found, own = load_model(spec, weights=weights).state_dict(), model.state_dict()
+    kept = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in kept))
+    if len(layers) > 1 or found.keys() != own.keys():
+        different = ", ".join(layers[:4]) or "their names"
+        raise ValueError(f"--weights {weights!r} differ from the model in more than its classifier: {different}")
+    model.load_state_dict({**found, **{name: own[name] for name in kept}})
+    content = hashlib.sha256()
+    for name, value in sorted(found.items()):
+        content.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()[:16], kept
 
 
 def check_outputs(model: nn.Module, spec: str, classes: int, shape: tuple[int, int, int]) -> None:

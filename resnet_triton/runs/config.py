@@ -50,6 +50,8 @@ class Settings:
         warmup_iterations: steps with ``warmup_lr``.
         warmup_error: in place of these: it ends when the training error is below this.
         validation: training images held out and tested with, in place of the test images.
+        weights: digest of the weights that the run begins with; None begins with random ones.
+        freeze: names of modules that do not learn, see :func:`resnet_triton.freeze`.
     """
 
     data: str
@@ -81,6 +83,8 @@ class Settings:
     warmup_iterations: int = 0
     warmup_error: float | None = None
     validation: int = 0
+    weights: str | None = None
+    freeze: tuple[str, ...] = ()
 
 
 #: Settings that came later: left out of the configuration where they are as before, so that older runs go on.
@@ -94,6 +98,8 @@ LATER = (
     "warmup_iterations",
     "warmup_error",
     "validation",
+    "weights",
+    "freeze",
 )
 
 
@@ -122,5 +128,6 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         if key in names:
             lines.append(f"{names[key]} (digest {came} instead of {asked})")
         else:
-            lines.append(f"{key} = {came if came is not missing else 'nothing'} instead of {asked}")
+            came, asked = ("nothing" if value is missing else value for value in (came, asked))
+            lines.append(f"{key} = {came} instead of {asked}")
     return lines
