@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from resnet_triton.cli import main
+from resnet_triton.cli.experiment import EXPERIMENTS
 from resnet_triton.convert import unconvert
 from resnet_triton.experiments import construction, cost, degradation, nets, output, pool, responses, runs, shortcuts
 from resnet_triton.experiments.nets import Net
@@ -24,6 +25,7 @@ from resnet_triton.experiments.output import Images
 from resnet_triton.experiments.plan import DEFAULTS, default_plan
 from resnet_triton.experiments.spread import HIGHER, LOWER, UNDECIDED, compare
 from resnet_triton.runs.data import Request
+from tools import experiments_page
 
 SMALL = ("--size", "8", "--batch-size", "256", "--epochs", "1", "--device", "cpu")
 TWO = (*SMALL, "--depths", "8", "14", "--seeds", "2")
@@ -394,3 +396,35 @@ def test_what_is_set_against_each_other_is_measured():
     known = {(entry.family, entry.model) for entry in cost.FAMILY}
     assert {each for pair in cost.COMPARED for each in pair} <= known
     assert Images(1438, 359).test == 359
+
+
+# The page
+
+
+def test_the_page_has_the_numbers_of_its_files():
+    page, results = experiments_page.DOCS / experiments_page.PAGE, experiments_page.DOCS / experiments_page.RESULTS
+    text = page.read_text()
+    assert experiments_page.filled(text, results) == text
+    assert [mark[1] for mark in experiments_page.MARKS.findall(text)] == list(EXPERIMENTS)
+    for name in EXPERIMENTS:
+        if (results / f"{name}.json").exists():
+            report, content = output.read(results, name)
+            assert report.lines == content["verdict"]
+            assert (experiments_page.DOCS / experiments_page.IMAGES / experiments_page.picture(name)).is_file()
+
+
+def test_the_page_is_filled_from_new_results(folder, tmp_path):
+    assert experiments_page.take(folder, tmp_path / "results")[0] == "degradation"
+    text = "before\n<!-- results: degradation -->\nstale\n<!-- end -->\n<!-- results: cost -->\n<!-- end -->\nafter\n"
+    new = experiments_page.filled(text, tmp_path / "results")
+    _, summary = output.read(tmp_path / "results", "degradation")[0].tables.values()
+    assert (
+        "stale" not in new
+        and new.startswith("before\n")
+        and new.endswith(f"{experiments_page.NOT_RUN}\n<!-- end -->\nafter\n")
+    )
+    assert "    resnet-triton experiment degradation" in new and "Seeds 0 to 1" in new and "- Verdict: " in new
+    assert f"{100 * summary[0]['test_error_mean']:.2f} ± {100 * summary[0]['test_error_sd']:.2f}" in new
+    assert experiments_page.filled(new, tmp_path / "results") == new
+    experiments_page.draw(tmp_path / "results", tmp_path)
+    assert (tmp_path / "experiment-degradation.png").is_file()
