@@ -101,7 +101,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_commands_have_help_with_an_example_that_is_accepted(capsys):
-    order = ["info", "explain", "tune", "bench", "verify", "fold", "convert", "train", "eval", "experiment"]
+    order = ["info", "explain", "tune", "bench", "verify", "fold", "convert", "train", "eval", "detect", "experiment"]
     assert list(cli.COMMANDS) == order
     for name in order:
         assert main([name, "--help"]) == 0

@@ -57,9 +57,10 @@ _SHAPES: dict[str, Any] = {
     "rpn_post_nms_top_n_test": 20,
 }
 DEFAULTS = {
+    # the paper's, but that RPN and head train together
     "voc": Defaults("2007-trainval+2012-trainval", "2007-test", {}, Recipe()),
     "coco": Defaults("train2014", "val2014", {}, Recipe(steps=320_000, drops=(240_000,), batch_size=8)),
-    "shapes": Defaults("2000", "100", _SHAPES, Recipe(steps=300, lr=0.02, drops=(240,), warmup=5, batch_size=8)),
+    "shapes": Defaults("2000", "100", _SHAPES, Recipe(steps=300, lr=3e-3, drops=(240,), warmup=5, batch_size=8)),
 }
 ALLOWED = "voc:PATH, coco:PATH, shapes"
 
@@ -88,7 +89,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--roi-size", type=positive, help="height and width of a region's features (default: 14)")
     parser.add_argument("--frozen-stages", type=int, choices=range(6), help="default: 2, conv1 and layer1")
     parser.add_argument("--steps", type=positive, help="default: voc 80000, coco 320000, shapes 300")
-    parser.add_argument("--lr", type=number(0, 1e3), help="default: 0.001, of shapes 0.02")
+    parser.add_argument("--lr", type=number(0, 1e3), help="default: 0.001, of shapes 0.003")
     parser.add_argument(
         "--drops", type=natural, nargs="+", metavar="STEP", help="after which the rate is a tenth (default: of 3/4)"
     )
