@@ -225,7 +225,7 @@ def test_models_get_the_outputs_that_the_data_need():
     assert build.build("resnet20", 7, 1).conv1.in_channels == 1
     assert build.build("resnet18", 5, 3).fc.out_features == 5
     with pytest.raises(ValueError, match="depth must be 6n"):
-        build.build("resnet21", 10, 1)
+        build.build("cifar_resnet21", 10, 1)
     with pytest.raises(ValueError, match="not known"):
         build.build("resnet_50", 10, 1)
 
