@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import structure
+from . import structure, units
 from .families import family_of
 
 logger = logging.getLogger("resnet_triton")
+UNITS = ("unit", "sequence")
 KNOWN = "torchvision, timm, Hugging Face and this package"
 
 
@@ -32,7 +33,7 @@ class Marker:
 
     kind: str
     base: type[nn.Module]
-    spec: structure.BlockSpec | structure.TrunkSpec | str | None = None
+    spec: structure.BlockSpec | structure.TrunkSpec | structure.UnitSpec | str | None = None
 
 
 @functools.cache
@@ -108,9 +109,9 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
 
     Args:
         model: any module that holds residual blocks of torchvision, timm, segmentation_models_pytorch, Hugging Face's
-            transformers, or this package.
+            transformers, or this package; or torchvision's VGG, GoogLeNet or Inception.
         inplace: swap classes in ``model`` itself; the default works on a deep copy.
-        strict: raise unless every residual block can run fused.
+        strict: raise unless every residual block can run fused, and every convolution of a VGG or GoogLeNet.
 
     Returns:
         The converted model. Converting twice changes nothing. Convolution weights of its blocks become channels_last.
@@ -132,9 +133,10 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
     converted = [m for m in model.modules() if is_converted(m)]
     for m in converted:
         _weights_channels_last(m)
-    if not any(_marker(m).kind == "block" for m in converted):
+    if not any(_marker(m).kind in ("block", *UNITS) for m in converted):
         logger.warning(
-            "convert found no residual block that it knows in %s; %s. Known are the ResNets of %s.",
+            "convert found no residual block that it knows in %s; %s. Known are the ResNets of %s, and VGG and GoogLeNet "
+            "of torchvision.",
             original_class(model).__name__,
             "only its stem and head may run fused" if converted else "it runs as before",
             KNOWN,
@@ -197,11 +199,23 @@ def residual_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, structur
             yield name, m, family.spec
 
 
+def modules_of_units(model: nn.Module, now: bool = True) -> Iterator[tuple[str, nn.Module, dict[str, str | None]]]:
+    """``(name, module, reasons)`` of every known module of convolution, BN and ReLU, see :func:`.units.reasons`."""
+    for name, m in model.named_modules():
+        family = family_of(original_class(m))
+        if family is not None and family.kind in UNITS:
+            path = f"{name}." if name else ""
+            found = units.reasons(m, family, now)
+            yield name, m, {(path + child).removesuffix("."): reason for child, reason in found.items()}
+
+
 def _check_strict(model: nn.Module) -> None:
     found = list(residual_blocks(model))
+    beside = [reasons for _, _, reasons in modules_of_units(model, now=False)]
     reasons = [f"{name}: {reason}" for name, m, spec in found if (reason := structure.structural_reason(m, spec))]
     reasons += [f"{name}: its forward was replaced on the instance" for name, m, _ in found if "forward" in m.__dict__]
-    if not found:
+    reasons += [f"{name}: {reason}" for parts in beside for name, reason in parts.items() if reason]
+    if not found and not beside:
         raise ValueError(
             f"strict=True, but {type(model).__name__} has no residual block of {KNOWN}. "
             "Use convert(..., strict=False) to leave it as it is."

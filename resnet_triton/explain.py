@@ -22,12 +22,13 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import structure
+from . import structure, units
 from .backend import current_backend, planning_for_cuda
 from .chains import Tail
-from .convert import is_block, is_converted
+from .convert import UNITS, is_block, is_converted
 from .cost import ideal_us, library_us
 from .devices import Target, target_of
+from .models.blocks import ZeroPad
 from .ops import IMPLEMENTATIONS
 from .plan import library_of
 from .steps import Recorder, Step
@@ -65,8 +66,8 @@ class Row:
     """One step of a plan.
 
     Args:
-        name: the module whose weight it uses; rows without a weight name the one before them, unless their module has a
-            reason of its own not to be fused.
+        name: the module whose weight it uses; rows without a weight name the one before them, but for zero padding
+            and a max-pool that the stem does not compute.
         op: what it computes.
         realisation: the kernel, or ``"cudnn"``, ``"onednn"``, ``"aten"``.
         config: the kernel's tiling, or ``""``.
@@ -277,6 +278,8 @@ def reasons_not_fused(model: nn.Module) -> dict[str, str]:
         if marker is None:
             if is_block(m):
                 reasons[name] = "not converted: resnet_triton.convert(model)"
+        elif marker.kind in UNITS:
+            reasons |= {(path + part).removesuffix("."): reason for part, reason in units.reasons(m, marker).items()}
         elif marker.kind == "block":
             reasons[name] = structure.why_not_block(m)
             if structure.transient_reason(m, marker.spec) is None:
@@ -297,8 +300,9 @@ def reasons_not_fused(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def _named(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
-    """While active, the rows of modules without weights that have a reason of their own go by their names."""
-    names = {id(m): name for name, m in model.named_modules() if name in tracer.reasons and not any(m.parameters())}
+    """While active, the rows of zero padding and of a pool that the stem does not compute go by their names."""
+    beside = ((name, m) for name, m in model.named_modules() if isinstance(m, (ZeroPad, nn.MaxPool2d)))
+    names = {id(m): name for name, m in beside if name in tracer.reasons}
     call = nn.Module.__call__
 
     def named_call(m: nn.Module, *args: Any, **kwargs: Any) -> Any:

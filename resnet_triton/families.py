@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import nn as run
-from . import preact, structure
+from . import preact, structure, units
 
 
 class Family(NamedTuple):
@@ -24,17 +24,19 @@ class Family(NamedTuple):
 
     Args:
         kind: ``"block"``, ``"stage"``, ``"container"`` (a whole network), ``"getter"`` (children of a network and which
-            of their outputs to give), ``"encoder"`` (a network without head), or ``"embeddings"`` (a stem by itself).
+            of their outputs to give), ``"encoder"`` (a network without head), ``"embeddings"`` (a stem by itself),
+            ``"unit"`` (convolution, BN, ReLU), or ``"sequence"`` (a network of them, see :mod:`.units`).
         module, name: of the class.
         methods: what replaces its methods. The original of ``forward`` is ``_eager``, that of ``f`` is ``_eager_f``.
-        spec: a block's or network's attribute names; of a stage, where it holds its blocks.
+        spec: attribute names of a block, unit or network; of a stage, where it holds its blocks; of a sequence, where
+            it holds its modules.
     """
 
     kind: str
     module: str
     name: str
     methods: dict[str, Callable]
-    spec: structure.BlockSpec | structure.TrunkSpec | str | None = None
+    spec: structure.BlockSpec | structure.TrunkSpec | structure.UnitSpec | str | None = None
 
 
 def _by_modules(x: object) -> bool:
@@ -138,6 +140,18 @@ def _box_head(self, x):
     return self._eager(x) if _by_modules(x) else run.run_box_head(self, x)
 
 
+def _conv_unit(self, x):
+    if torch.jit.is_scripting():
+        return self._eager(x)
+    return self._eager(x) if _by_modules(x) else units.run_unit(self, x)
+
+
+def _vgg(self, x):
+    if torch.jit.is_scripting():
+        return self._eager(x)
+    return self._eager(x) if _by_modules(x) else units.run_vgg(self, x)
+
+
 _BLOCK, _STAGE, _RESNET = {"forward": _block}, {"forward": _stage}, {"forward": _resnet}
 _OURS, _TORCHVISION, _TIMM = "resnet_triton.models", "torchvision.models.resnet", "timm.models.resnet"
 _TIMM_FEATURES = "timm.models._features"
@@ -160,6 +174,9 @@ FAMILIES = (
     Family("block", _TORCHVISION, "Bottleneck", _BLOCK, structure.BOTTLENECK),
     Family("container", _TORCHVISION, "ResNet", _RESNET, structure.IMAGENET),
     Family("getter", "resnet_triton.transfer", "Features", {"forward": _layer_getter}),
+    Family("sequence", "torchvision.models.vgg", "VGG", {"forward": _vgg}, "features"),
+    Family("unit", "torchvision.models.googlenet", "BasicConv2d", {"forward": _conv_unit}, structure.BASIC_CONV),
+    Family("unit", "torchvision.models.inception", "BasicConv2d", {"forward": _conv_unit}, structure.BASIC_CONV),
     Family("getter", "torchvision.models._utils", "IntermediateLayerGetter", {"forward": _layer_getter}),
     Family("block", _TIMM, "BasicBlock", _BLOCK, structure.TIMM_BASIC),
     Family("block", _TIMM, "Bottleneck", _BLOCK, structure.TIMM_BOTTLENECK),

@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
-from . import functional, structure
+from . import functional, structure, units
 from .convert import check_module, convert, copy_module, is_converted, residual_blocks
 from .nn import unit
 from .structure import Converted
@@ -62,6 +62,7 @@ def _foldable(model: nn.Module) -> Iterator[tuple[Place, Place]]:
     for m in list(model.modules()):
         if is_converted(m):
             yield from _foldable_stem(m)
+            yield from _foldable_units(m)
 
 
 def _foldable_stem(m: Converted) -> Iterator[tuple[Place, Place]]:
@@ -89,6 +90,19 @@ def _foldable_stem(m: Converted) -> Iterator[tuple[Place, Place]]:
         convs = [(parts[0], name) for name in children[::3]]
         norms = [(parts[0], name) for name in children[1::3]] + norms
     yield from zip(convs, norms, strict=True)
+
+
+def _foldable_units(m: Converted) -> Iterator[tuple[Place, Place]]:
+    """The pairs of a module of convolution, BN and ReLU, or of several."""
+    known = m._resnet_triton
+    if known.kind == "unit" and units.reasons(m, known)[""] is None:
+        yield _place(m, known.spec.conv), _place(m, known.spec.norm)
+    if known.kind == "sequence" and units.why_not_sequence(getattr(m, known.spec)) is None:
+        sequence = getattr(m, known.spec)
+        names = list(sequence._modules)
+        for f in units.found_in(list(sequence._modules.values())):
+            if f.reason is None and f.norm is not structure.NO_NORM:
+                yield (sequence, names[f.place]), (sequence, names[f.place + 1])
 
 
 def _place(m: nn.Module, path: str) -> Place:

@@ -79,6 +79,8 @@ class BlockSpec:
         return None if self.shortcut is None else getattr(block, self.shortcut)
 
 
+#: torchvision's BasicConv2d, of GoogLeNet and Inception.
+BASIC_CONV = UnitSpec("conv", "bn")
 BASIC = BlockSpec((UnitSpec("conv1", "bn1", ("relu",)), UnitSpec("conv2", "bn2")))
 PLAIN = replace(BASIC, shortcut=None)
 BOTTLENECK = BlockSpec(

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import structure
-from ..convert import KNOWN, convert, is_converted, original_class, residual_blocks
+from ..convert import KNOWN, convert, is_converted, modules_of_units, original_class, residual_blocks
 from ..explain import reasons_not_fused
 from .common import (
     DTYPES,
@@ -72,11 +73,14 @@ def parts_of(model: nn.Module) -> list[Part]:
     """What a converted model fuses, in the order of its modules."""
     reasons = reasons_not_fused(model)
     blocks = {name: (m, spec) for name, m, spec in residual_blocks(model)}
+    beside = {name: reasons for name, _, reasons in modules_of_units(model)}
     parts = []
     for name, m in model.named_modules():
         if name in blocks:
             parts.append(_block_part(name, *blocks[name]))
-        elif name in reasons and not any(name.startswith(f"{block}.") for block in blocks):
+        elif name in beside:
+            parts.append(_units_part(name, m, beside[name]))
+        elif name in reasons and not any(name.startswith(f"{owner}." if owner else "") for owner in (*blocks, *beside)):
             parts.append(Part(name, original_class(m).__name__, NO, reasons[name]))
     return parts
 
@@ -90,6 +94,13 @@ def _block_part(name: str, block: structure.Converted, spec: structure.BlockSpec
         return Part(name, kind, YES, "")
     partly = structure.transient_reason(block, spec) is None and structure.has_fusable_unit(block, spec)
     return Part(name, kind, PARTLY if partly else NO, reason)
+
+
+def _units_part(name: str, m: nn.Module, reasons: Mapping[str, str | None]) -> Part:
+    left = [reason for reason in reasons.values() if reason]
+    kind, more = original_class(m).__name__, f", and {len(left) - 1} more" * (len(left) > 1)
+    fused = YES if not left else PARTLY if len(left) < len(reasons) else NO
+    return Part(name, kind, fused, left[0] + more if left else "")
 
 
 def run(args: argparse.Namespace) -> int:
