@@ -177,6 +177,7 @@ def refusal(shape: ConvShape, itemsize: int, config: ConvConfig) -> str | None:
     return None
 
 
+SHARED_PER_MULTIPROCESSOR = 228 * 1024
 #: Pixels, filters, warps, stages and programs per multiprocessor of tiles with 16-bit operands, none of which spills.
 TILES = (
     (128, 256, 8, 3, 1),
@@ -202,11 +203,13 @@ TILES_TF32 = ((128, 128, 8, 2, 1), (64, 64, 8, 2, 3), (128, 32, 4, 2, 2), (128, 
 TILES_IEEE = ((64, 64, 8, 2, 1), (64, 32, 8, 2, 1), (64, 16, 8, 2, 1))
 
 
-def conv_stats_configs(shape: ConvShape, itemsize: int, prologue: bool, precision: str = "tf32") -> list[ConvConfig]:
+def conv_stats_configs(
+    shape: ConvShape, itemsize: int, prologue: bool, precision: str = "tf32", residual: bool = False
+) -> list[ConvConfig]:
     """Configurations that compute the convolution and do not spill on sm_90; the first is the heuristic.
 
     Empty where a tensor map cannot describe the convolution: the library has to compute it then. ``precision`` matters
-    for fp32 alone.
+    for fp32 alone. With a ``residual``, as many programs share a multiprocessor as its box leaves room for.
     """
     tiles = TILES_1X1 if shape.r * shape.s == 1 else TILES
     if itemsize == 4:
@@ -215,11 +218,14 @@ def conv_stats_configs(shape: ConvShape, itemsize: int, prologue: bool, precisio
     bk = min(128 // itemsize, max(16, next_power_of_two(shape.c)))
     if shape.stride == 2 and shape.r * shape.s > 1:
         bk = min(bk, shape.c & -shape.c)
-    configs, later = rolling_stats_configs(shape, itemsize), []
+    configs, later = [] if residual else rolling_stats_configs(shape, itemsize), []
     for bm, bn, warps, stages, resident in tiles:
         if bk < 16 or bn > widest or (bn < min(64, widest)):
             continue
         box = (1, 1, bm) if shape.pointwise else least_waste_box(shape, bm)
+        if residual and shape.r * shape.s * cdiv(shape.c, bk) == 1:  # all boxes of a tile are there at the same time
+            held = itemsize * (stages * (bm + bn) * bk + 2 * bm * bn)
+            resident = max(1, min(resident, SHARED_PER_MULTIPROCESSOR // (held + 2048)))
         config = ConvConfig("conv_stats", box, bn, bk, warps, stages, persistent=resident)
         if refusal(shape, itemsize, config) is None:
             few = cdiv(shape.m, bm) * cdiv(shape.k, bn) < FEW_TILES

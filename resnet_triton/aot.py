@@ -220,6 +220,7 @@ def _samples(kernels: _Kernels) -> Iterator[Case]:
     if kernels.dtype.itemsize == 2 and kernels.target.tma:
         shape, epilogue = ConvShape(256, 7, 7, 512, 2048), replace(BN_ADD_RELU, residual_bn=True)
         yield from kernels.conv(ConvSite("1x1", shape, epilogue), "1x1 that normalises its shortcut batch 256")
+        yield from kernels.lead(batch)
     seen = set()
     for name, chain in _chains(kernels, batch):
         for config in chains.configs_of(chain, kernels.dtype, kernels.target):
@@ -271,6 +272,28 @@ class _Kernels:
         yield self._case(parts, label, moved, config.split * outputs, shape, config, Epilogue())
         moved = workspace + size * outputs * (1 + epilogue.residual)
         yield self._case(last, label, moved, outputs, epilogue=epilogue)
+
+    def lead(self, batch: int) -> Iterator[Case]:
+        """A 1x1 that normalises what it loads, and the vectors by which it does."""
+        from .kernels.conv1x1 import launch_conv1x1
+        from .kernels.prologue import launch_bn_vectors
+        from .preact_ops import choose_lead
+
+        shape = ConvShape(batch, 56, 56, 256, 64)
+        choice = choose_lead(shape, BN_RELU, self.dtype, self.precision, self.target, "triton")
+        if choice is None:
+            return
+        x, w = _meta(shape.m, shape.c, dtype=self.dtype), _meta(shape.k, shape.c, dtype=self.dtype)
+        y, operands = _meta(shape.m, shape.k, dtype=self.dtype), _operands(BN_RELU, shape.k, None)
+
+        def run() -> None:
+            prologue = launch_bn_vectors(_meta(shape.c), _meta(shape.c), _meta(shape.c), _meta(shape.c), 1e-5)
+            launch_conv1x1(x, w, y, operands, choice.tiling, self.precision, prologue)
+
+        first, second = self._trace(run)
+        yield self._case(first, f"vectors of a BN of {shape.c} channels", 6 * shape.c * 4, 2 * shape.c)
+        moved, label = shape.bytes_moved(self.dtype.itemsize), f"1x1 behind BN and ReLU batch {batch}"
+        yield self._case(second, label, moved, y.numel(), shape, choice.tiling, BN_RELU)
 
     def chain(self, shape: ChainShape, label: str, config: ConvConfig) -> Iterator[Case]:
         """Several convolutions as one kernel, every one with BN."""
@@ -477,6 +500,7 @@ def _name(launch: Launch, sm: int, precision: str, config: ConvConfig | None, fu
             if value is not None and not (config and name in _SAID):
                 constants += [name] * value if isinstance(value, bool) else [f"{name}{value}"]
         elif kind[0] == "*" or kind.startswith("tensordesc"):
+            constants += ["behind_bn_relu"] * (name == "scale_in")
             types.append(kind.removeprefix("*").removeprefix("tensordesc<").split("[")[0])
             if kind[0] == "*" and value != "D":
                 hints.append(f"{name}%1")

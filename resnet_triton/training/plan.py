@@ -268,9 +268,7 @@ def configs_of(work: Work, dtype: torch.dtype, precision: str, multiprocessors: 
     if work.step == "conv_stats":
         from ..kernels.conv_stats import conv_stats_configs
 
-        found = conv_stats_configs(shape, size, work.prologue, precision)
-        if work.residual_stride:
-            found = [config for config in found if config.kernel == "conv_stats"]
+        found = conv_stats_configs(shape, size, work.prologue, precision, work.residual_stride > 0)
     elif work.step == "dgrad":
         from ..kernels.dgrad_phases import dgrad_configs
 
