@@ -187,6 +187,24 @@ def one_pass_layer(batch: int) -> Layer:
     return replace(apart, ours=ours, folded=None, remake=one_pass_layer, kernel="bn_act", predicted_us=predicted_us)
 
 
+def lead_layer(batch: int) -> Layer:
+    """A pre-activation bottleneck's first convolution, behind BN and ReLU and with those of the next one behind it."""
+    shape = ConvShape(batch, 56, 56, 256, 64)
+
+    def ours(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+        behind, lead = _four(rest), _four(rest[4:])
+        return torch.ops.resnet_triton.bn_relu_conv(x, *lead, EPS, w, None, *behind, EPS, True, 1, 0, 1)
+
+    def eager(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+        gamma, beta, mean, var = _four(rest[4:])
+        h = F.relu(F.batch_norm(x, mean, var, gamma, beta, False, 0.0, EPS))
+        return reference.conv_bn_act(h, w, None, *_four(rest), eps=EPS)
+
+    shapes = ((batch, shape.c, shape.h, shape.w), (shape.k, shape.c, 1, 1), *[(shape.k,)] * 4, *[(shape.c,)] * 4)
+    name = f"preact_resnet200.layer1.1.conv1 {shape} behind bn+relu, {BN_RELU}"
+    return Layer(name, shapes, ours, eager, batch, shape.macs, remake=lead_layer)
+
+
 def tail_layer(name: str, tail: Tail, pool: bool = False) -> Layer:
     """The end of a bottleneck up to the next block's first convolution; or its last convolution and the average over
     the image."""
@@ -296,7 +314,7 @@ def other_layers(batch: int) -> list[Layer]:
 def kernel_layers(batch: int, few: bool) -> list[Layer]:
     """Steps for the GPU kernels: all, or (``few``) so many that every kernel is among them."""
     convs = conv_layers(batch, FEW if few else None)
-    others = [*tail_layers(batch), one_pass_layer(batch), *basic_layers(batch), *other_layers(batch)]
+    others = [*tail_layers(batch), one_pass_layer(batch), lead_layer(batch), *basic_layers(batch), *other_layers(batch)]
     if not few:
         return [*convs, *others]
     chosen: dict[str, Layer] = {}
