@@ -311,7 +311,7 @@ def backward(
         sign = x if i == 0 and form.mask_input else None
         dz, total, grads[i] = _unit_backward(
             dz, total, saved.raws[i], saved.stats[i], inputs[i], units[i], form, needs.units[i], below[i],
-            residual, stride, sign,
+            residual, 1 if residual is None else stride, sign,
         )  # fmt: skip
     d_x = dz if wants_x else None
     if form.own_shortcut or d_shortcut is None:
