@@ -141,10 +141,11 @@ def test_coco(tmp_path: Path) -> None:
         ({"annotations": [{"image_id": 9, "category_id": 2, "bbox": [0, 0, 1, 1]}]}, "KeyError 2"),
         ({"annotations": [{"image_id": 8, "category_id": 1, "bbox": [0, 0, 1, 1]}]}, "KeyError 8"),
         ({"annotations": [{"id": 7, "image_id": 9, "category_id": 1, "bbox": [0, 0, -1, 1]}]}, "annotation 7 has bbox"),
+        ({"annotations": [{"image_id": 9, "category_id": 1, "bbox": [float("nan"), 0, 1, 1]}]}, "x y width height"),
         ({"images": [{"id": 9, "file_name": "../../x.jpg"}], "annotations": []}, "leads out of the folder"),
         ({"images": [{"id": 9, "file_name": "/x.jpg"}], "annotations": []}, "leads out of the folder"),
     ],
-    ids=("null", "no box", "category", "image", "width", "parent", "absolute"),
+    ids=("null", "no box", "category", "image", "width", "nan", "parent", "absolute"),
 )
 def test_annotations_that_are_none(tmp_path: Path, changes: dict, message: str) -> None:
     coco_file(tmp_path, **changes)

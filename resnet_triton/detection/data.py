@@ -10,6 +10,7 @@ Nothing is downloaded. Boxes are ``x1 y1 x2 y2`` in pixels, with x2 and y2 just 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -238,7 +239,7 @@ def coco(root: str | Path, split: str = "val2017") -> DetectionData:
         objects: dict[Any, list[tuple[list[float], int, bool, float]]] = {entry["id"]: [] for entry in body["images"]}
         for entry in body["annotations"]:
             x, y, w, h = map(float, entry["bbox"])
-            if not (w >= 0 and h >= 0):
+            if not (w >= 0 and h >= 0 and math.isfinite(x + y + w + h)):
                 raise ValueError(
                     f"annotation {entry.get('id')} has bbox {entry['bbox']}, which is not x y width height"
                 )

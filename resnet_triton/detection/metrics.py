@@ -98,8 +98,7 @@ def voc_map(
     _check(found, truths)
     result = {}
     for label in range(1, classes + 1):
-        images = [_of_class(f, t, label) for f, t in zip(found, truths, strict=True)]
-        total = sum(int((~image.truth.ignore).sum()) for image in images)
+        images, total = _of_class(found, truths, label)
         if total:
             parts = [(image.scores, *_voc_match(image, overlap)) for image in images]
             result[label] = _ap(parts, total, method)
@@ -125,16 +124,14 @@ def coco_map(
     _check(found, truths)
     result = {}
     for label in range(1, classes + 1):
-        images = [_of_class(f, t, label) for f, t in zip(found, truths, strict=True)]
-        total = sum(int((~image.truth.ignore).sum()) for image in images)
+        images, total = _of_class(found, truths, label)
         if total:
-            images = [
-                image._replace(boxes=image.boxes[:MAX_DETECTIONS], scores=image.scores[:MAX_DETECTIONS])
-                for image in images
-            ]
+            images = [_Class(boxes[:MAX_DETECTIONS], scores[:MAX_DETECTIONS], truth) for boxes, scores, truth in images]
+            shared = [overlaps(image.boxes, image.truth.boxes, image.truth.ignore) for image in images]
             values = []
-            for threshold in thresholds:
-                parts = [(image.scores, *_coco_match(image, float(threshold))) for image in images]
+            for threshold in map(float, thresholds):
+                pairs = zip(images, shared, strict=True)
+                parts = [(image.scores, *_coco_match(each, image.truth.ignore, threshold)) for image, each in pairs]
                 values.append(_ap(parts, total, "101-point"))
             result[label] = np.array(values)
     return result
@@ -166,11 +163,17 @@ def _check(found: Sequence[Found], truths: Sequence[Truth]) -> None:
         raise ValueError(f"found has {len(found)} images and truths {len(truths)}; pass one entry an image to both")
 
 
-def _of_class(found: Found, truth: Truth, label: int) -> _Class:
-    mine = found.labels == label
-    order = np.argsort(-found.scores[mine], kind="stable")
-    objects = truth.labels == label
-    return _Class(found.boxes[mine][order], found.scores[mine][order], Truth(*(values[objects] for values in truth)))
+def _of_class(found: Sequence[Found], truths: Sequence[Truth], label: int) -> tuple[list[_Class], int]:
+    """The images with detections or objects of a class, and how many objects are to be found."""
+    images, total = [], 0
+    for detections, truth in zip(found, truths, strict=True):
+        mine, objects = detections.labels == label, truth.labels == label
+        if mine.any() or objects.any():
+            boxes, scores = detections.boxes[mine], detections.scores[mine]
+            order = np.argsort(-scores, kind="stable")
+            images.append(_Class(boxes[order], scores[order], Truth(*(values[objects] for values in truth))))
+            total += int((~images[-1].truth.ignore).sum())
+    return images, total
 
 
 def _voc_match(image: _Class, overlap: float) -> tuple[np.ndarray, np.ndarray]:
@@ -191,18 +194,18 @@ def _voc_match(image: _Class, overlap: float) -> tuple[np.ndarray, np.ndarray]:
     return right, unused
 
 
-def _coco_match(image: _Class, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections are right, and which do not count."""
-    right, unused = np.zeros((2, len(image.scores)), dtype=bool)
-    crowd = image.truth.ignore
-    shared = overlaps(image.boxes, image.truth.boxes, crowd)
-    free = ~crowd
-    for i, row in enumerate(shared):
+def _coco_match(shared: np.ndarray, crowd: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which detections are right, and which do not count, from their overlaps with objects and crowds."""
+    right, unused = np.zeros((2, len(shared)), dtype=bool)
+    if not len(crowd):
+        return right, unused
+    free, close = ~crowd, shared >= min(threshold, 1 - 1e-10)
+    for i in np.flatnonzero(close.any(1)):
         # an object that is still free comes before a crowd; of equal ones, the last
         for candidates in (free, crowd):
-            choice = np.flatnonzero(candidates & (row >= min(threshold, 1 - 1e-10)))
+            choice = np.flatnonzero(candidates & close[i])
             if len(choice):
-                best = choice[row[choice] == row[choice].max()][-1]
+                best = choice[shared[i, choice] == shared[i, choice].max()][-1]
                 right[i], unused[i] = free[best], crowd[best]
                 free[best] = False
                 break
