@@ -37,7 +37,7 @@ from .devices import Target, known_devices
 from .issue import IssueCount, count_issued
 from .kernels.config import ConvConfig, Epilogue, count_tiles
 from .kernels.geometry import ChainShape, ConvShape, cdiv
-from .nests import Loop, longest_of, nest_of, nest_of_training
+from .nests import SMALL_PRODUCTS, Loop, longest_of, nest_of, nest_of_training
 from .repeats import repeats
 
 #: The device each architecture is planned for.
@@ -124,7 +124,7 @@ class Case:
     @property
     def loops(self) -> tuple[Loop, ...]:
         """The loops with products, for one output tile; empty for a kernel without any."""
-        if self.training and self.config:
+        if self.small_products or (self.training and self.config):
             loops = nest_of_training(self.kernel, arguments(self.launch)).loops
             return loops if self.tensor_cores else (longest_of(loops),)
         shape = self.uses[0].shape
@@ -138,8 +138,15 @@ class Case:
         return self.launch.kwargs.get("PROGRAMS", 0) > 0
 
     @property
+    def small_products(self) -> bool:
+        """Whether its products are TF32's, of the small matrices behind 16-bit filters."""
+        return self.kernel in SMALL_PRODUCTS and self.dtype != torch.float32
+
+    @property
     def tensor_cores(self) -> bool:
-        """Whether its products belong on tensor cores: convolutions, but for exact fp32."""
+        """Whether its products belong on tensor cores: convolutions and small matrices, but for exact fp32."""
+        if self.small_products:
+            return True
         return self.config is not None and (self.dtype != torch.float32 or self.precision == "tf32")
 
 
@@ -439,7 +446,7 @@ def _tiles(case: Case, use: Use) -> int:
 def _macs_per_cycle(case: Case) -> float:
     """Multiply-adds of a multiprocessor in one cycle."""
     if case.tensor_cores:
-        return MACS_PER_CYCLE[case.sm] / (2 if case.dtype == torch.float32 else 1)
+        return MACS_PER_CYCLE[case.sm] / (2 if case.dtype == torch.float32 or case.small_products else 1)
     return FFMA_PER_CYCLE[case.sm]
 
 

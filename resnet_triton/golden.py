@@ -44,15 +44,18 @@ def problems(case: Case, metrics: Metrics) -> list[str]:
         found.append(f"computes products {compiled.repeats} times: fewer warps, or a larger tile")
     if metrics.tensor_bound and case.kernel in KERNELS and case.kernel != "conv_pointer":
         found += _beyond(metrics.pressure, PRESSURE_BOUND, "pressure")
-    if case.training and not case.config and metrics.limit == "launch":  # a few microseconds, once a layer
+    if case.small_products or (case.training and not case.config and metrics.limit == "launch"):  # once a layer
         return found
     return found + _beyond(metrics.issue_over_roof, ROOF_BOUND, f"issue/roof ({metrics.limit})")
 
 
 def heavy_loop(case: Case, metrics: Metrics) -> str | None:
     """Why a loop of a training kernel issues more than :data:`LOOP_GOAL`, in words; None where none does."""
-    if not case.config or not metrics.loops or max(loop.pressure for loop in metrics.loops) <= LOOP_GOAL:
+    if not metrics.loops or max(loop.pressure for loop in metrics.loops) <= LOOP_GOAL:
         return None
+    if case.small_products:
+        return "small matrices, once a layer, which few programs fetch, centre and split for TF32"
+    assert case.config is not None
     given = arguments(case.launch)
     if not case.tensor_cores:
         return "exact fp32 has no tensor cores"
