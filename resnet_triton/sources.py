@@ -100,8 +100,8 @@ def _own(name: str, weights: str | None, arguments: dict[str, Any]) -> nn.Module
 
 
 def arguments_of(model: nn.Module) -> dict[str, Any]:
-    """Arguments that give a CIFAR network again, whatever its file said; none of others."""
-    if not isinstance(model, CifarResNet):
+    """Arguments that give a CIFAR network again, whatever its file said; none of others or with another classifier."""
+    if not isinstance(model, CifarResNet) or not isinstance(model.fc, nn.Linear):
         return {}
     return {
         "num_classes": model.fc.out_features,
