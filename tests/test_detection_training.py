@@ -133,6 +133,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         and set(figures["classes"]) <= {"rectangle", "disc", "triangle"}
     )
     assert f"{figures['mAP@.5']:.1%}" in out, "eval repeats what train has found"
+    assert main(["detect", "eval", *TINY, "--output", str(tmp_path), "--refine", "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["mAP@.5"] <= 1
     assert main([*run, "--lr", "0.002"]) == 2
     assert "recipe" in capsys.readouterr().err
     assert main([*run, "--lr", "0.001", "--json"]) == 0  # nothing is left to do but the test

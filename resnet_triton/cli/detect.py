@@ -96,6 +96,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, help="images of a step (default: voc 1, coco 8, shapes 8)")
     parser.add_argument("--seed", type=natural, default=0, help="of weights, order and sampling (default: 0)")
     parser.add_argument("--workers", type=natural, default=0, help="processes that read images (default: 0)")
+    parser.add_argument("--refine", action="store_true", help="test with box refinement (appendix B of the paper)")
     parser.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="default: 1000")
     parser.add_argument("--no-resume", action="store_true", help="delete the run in DIR and start over")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -233,7 +234,12 @@ def _test(
 ) -> int:
     _say(args, f"testing on {len(tests)} images")
     found = detect(
-        model, tests, device=device, workers=args.workers, progress=lambda batches: progress(batches, "images", args)
+        model,
+        tests,
+        device=device,
+        workers=args.workers,
+        refine=args.refine,
+        progress=lambda batches: progress(batches, "images", args),
     )
     figures = summary(tests.kind, found, tests.truths, tests.classes)
     result = {**result, "test_set": name, "images": len(tests), **figures}

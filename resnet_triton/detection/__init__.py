@@ -4,6 +4,7 @@ from .c4 import Conv5Head, RoIPooling, faster_rcnn_c4, set_statistics
 from .data import DetectionData, Truth, coco, shapes, voc
 from .fit import Fit, Recipe, detect, fit_detector
 from .metrics import Found, average_precision, coco_map, summary, voc_map
+from .refine import refined, vote
 
 __all__ = [
     "Conv5Head",
@@ -19,9 +20,11 @@ __all__ = [
     "detect",
     "faster_rcnn_c4",
     "fit_detector",
+    "refined",
     "set_statistics",
     "shapes",
     "summary",
     "voc",
     "voc_map",
+    "vote",
 ]

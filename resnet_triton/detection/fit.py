@@ -20,6 +20,7 @@ from ..runs.data import generator, mixed
 from ..runs.interrupt import leave_group
 from .data import DetectionData
 from .metrics import Found
+from .refine import refined
 
 RECORD_EVERY = 20  # steps, in the history of a run
 
@@ -194,6 +195,7 @@ def detect(
     device: torch.device | str = "cpu",
     batch_size: int = 1,
     workers: int = 0,
+    refine: bool = False,
     progress: Callable[[Iterable[Batch]], Iterable[Batch]] = iter,
 ) -> list[Found]:
     """The detections on every image of a data set, for :mod:`.metrics`; the model is in eval mode afterwards.
@@ -204,13 +206,15 @@ def detect(
         device: to compute on.
         batch_size: images at a time.
         workers: processes that read images.
+        refine: with box refinement, see :func:`.refine.refined`.
         progress: what shows how far it is; passes the batches on.
     """
     model.eval()
     positions = [list(range(len(data))[i : i + batch_size]) for i in range(0, len(data), batch_size)]
     found = []
     for images, _ in progress(_loader(_Chosen(data), positions, workers)):
-        for output in model([x.to(device) for x in images]):
+        batch = [x.to(device) for x in images]
+        for output in refined(model, batch) if refine else model(batch):
             found.append(Found(*(output[key].cpu().numpy() for key in ("boxes", "labels", "scores"))))
     return found
 
