@@ -91,7 +91,7 @@ def run(
     seconds: float,
     progress: Callable[[Sequence[Entry]], Iterable[Entry]],
 ) -> Report:
-    """Measures networks with random weights in eval mode, converted, in float32.
+    """Measures networks with constant weights in eval mode, converted, in float32.
 
     Args:
         entries: what to measure; torchvision's are left out where it is not installed.
@@ -143,13 +143,14 @@ def _measured(entry: Entry, batch: int, device: torch.device, seconds: float) ->
 
 def _built(entry: Entry) -> nn.Module:
     prefix, _, name = entry.model.rpartition(":")
-    if prefix == "torchvision":
-        from torchvision.models import get_model
+    with torch.device("meta"):  # drawing weights takes longer than all else here
+        if prefix == "torchvision":
+            from torchvision.models import get_model
 
-        with torch.device("meta"):  # drawing the 100 million weights of VGG's fully connected layers takes seconds
-            model = get_model(name)
-        return convert(_filled(model), inplace=True)
-    return models.build_by_name(entry.model, **entry.arguments)
+            model = convert(get_model(name), inplace=True)
+        else:
+            model = models.build_by_name(entry.model, **entry.arguments)
+    return _filled(model)
 
 
 def _filled(model: nn.Module) -> nn.Module:

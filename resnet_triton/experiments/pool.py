@@ -108,8 +108,8 @@ def _in_processes(runs: Sequence[Run], folder: Path, jobs: int, stop: Stop, watc
                     waiting = {future: run for future, run in waiting.items() if not future.cancel()}
         except BrokenProcessPool as error:
             raise OSError(
-                "a process that trains ended early (it ran out of memory, or its error is above); --jobs 1 trains in this "
-                "process. Finished runs are kept"
+                "a process that trains ended early (it ran out of memory, or its error is above); --jobs 1 trains in "
+                "this process. Finished runs are kept"
             ) from error
         finally:
             end.set()
