@@ -71,6 +71,12 @@ class Work:
         """Those that a configuration of it may name."""
         return _KERNELS.get(self.step, (self.step,))
 
+    def realised_by(self, config: ConvConfig | None) -> str:
+        """What runs a configuration of it, by name: the step's own kernel, unless another rolls down rows."""
+        if config is not None and config.kernel.endswith("_rolling"):
+            return config.kernel
+        return self.step
+
     @property
     def has_library(self) -> bool:
         """Whether PyTorch's operators could run instead."""
@@ -146,13 +152,13 @@ def _choose(work: Work, dtype: torch.dtype, precision: str, target: Target, back
         if target.is_cuda:
             config = min(candidates, key=lambda c: predict(work, c, dtype, precision, target).us)
     if not target.is_cuda:
-        return Choice(work.step, config, "use_backend('triton') in the interpreter")
+        return Choice(work.realised_by(config), config, "use_backend('triton') in the interpreter")
     if not passing and (known := measured(work, dtype, precision, target)):
         name, entry = known
         limit = predict(work, entry.config, dtype, precision, target).limit
         text, wins = f"{entry.us:.1f} us{_against(entry, work, library)}", CLEAR_WIN if name else 1.0
         if backend == "triton" or not work.has_library or entry.us <= wins * entry.library_us:
-            choice = Choice(work.step, entry.config, text, None, entry.us, limit)
+            choice = Choice(work.realised_by(entry.config), entry.config, text, None, entry.us, limit)
         else:
             choice = Choice(library, None, text, None, entry.library_us, their_limit)
         if not name:
@@ -167,10 +173,10 @@ def _choose(work: Work, dtype: torch.dtype, precision: str, target: Target, back
         return Choice(work.step, config, text, ours.us, limit=ours.limit)
     text = f"unmeasured; predicted {ours.us:.1f} us ({ours.limit}) against {their_us or 0.0:.1f} us by {library}"
     if backend == "triton":
-        return Choice(work.step, config, f"use_backend('triton'); {text}", ours.us, limit=ours.limit)
+        return Choice(work.realised_by(config), config, f"use_backend('triton'); {text}", ours.us, limit=ours.limit)
     if their_us is not None and ours.us > CLEAR_WIN * their_us:
         return Choice(library, None, text, their_us, limit=their_limit)
-    return Choice(work.step, config, text, ours.us, limit=ours.limit)
+    return Choice(work.realised_by(config), config, text, ours.us, limit=ours.limit)
 
 
 def _against(entry: TrainEntry, work: Work, library: str) -> str:

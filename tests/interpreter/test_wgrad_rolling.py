@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from resnet_triton import use_backend
+from resnet_triton.devices import known_devices
 from resnet_triton.kernels import launch
 from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.kernels.prologue import BNBackward, Normalised
 from resnet_triton.kernels.wgrad import MOST_PART_BYTES, launch_wgrad, wgrad_configs, wgrad_workspace_bytes
 from resnet_triton.kernels.wgrad_rolling import rolling_steps, rolling_wgrad_configs
+from resnet_triton.training import plan, steps
+from resnet_triton.training.reference import Lazy
+from resnet_triton.training.steps import Gradient
 from tests.cases import Guarded, integers
 from tests.comparers import GRADIENT, identical, no_worse_than
 from tests.interpreter.test_wgrad import Case as Whole
@@ -21,6 +28,7 @@ SHAPES = [
     ConvShape(2, 4, 8, 32, 16, 3, 3, 1, 1),
     ConvShape(4, 1, 5, 40, 16, 3, 3, 1, 1),
 ]
+LAYER = ConvShape(256, 56, 56, 64, 64, 3, 3, 1, 1)
 
 
 def config(split: int = 1, box: tuple[int, int, int] = (2, 1, 8), tile: int = 32) -> ConvConfig:
@@ -94,7 +102,7 @@ def test_nan_propagates() -> None:
 
 def test_configurations() -> None:
     """64 channels in 16 bits and nothing on the way of dy; the shares fit the workspace."""
-    shape = ConvShape(256, 56, 56, 64, 64, 3, 3, 1, 1)
+    shape = LAYER
     first, *others = wgrad_configs(shape, 2, True)
     assert [first] == rolling_wgrad_configs(shape, 2) and {c.kernel for c in others} == {"wgrad"}
     assert first.kernel == "wgrad_rolling" and 100 < first.split <= rolling_steps(shape, first)
@@ -102,6 +110,25 @@ def test_configurations() -> None:
     assert {c.kernel for c in wgrad_configs(shape, 2, True, True) + wgrad_configs(shape, 4)} == {"wgrad"}
     for other in (ConvShape(8, 56, 56, 64, 64, 3, 3, 2, 1), ConvShape(8, 56, 56, 64, 128, 3, 3, 1, 1)):
         assert not rolling_wgrad_configs(other, 2)
+
+
+def test_the_plan_takes_and_names_it() -> None:
+    """For ResNet-50's second convolutions of 64 channels; where sums are wanted, ``wgrad`` runs."""
+    target, work = known_devices()["NVIDIA H200"], plan.Work("wgrad", LAYER, prologue=True)
+    choice = plan.choose(work, torch.bfloat16, "tf32", target, "auto")
+    assert choice.realisation == choice.tiling.kernel == "wgrad_rolling" and "against" in choice.reason
+    summed = plan.choose(replace(work, moments=True), torch.bfloat16, "tf32", target, "triton")
+    assert summed.realisation == summed.tiling.kernel == "wgrad"
+
+
+def test_a_step_runs_it() -> None:
+    case = Case(ConvShape(1, 2, 4, 64, 64, 3, 3, 1, 1), False)
+    x, dy = (t.permute(0, 3, 1, 2) for t in (case.x, case.dy))
+    launch.COUNTS.clear()
+    with use_backend("triton"):
+        dw = steps.wgrad(Gradient(dy), Lazy(x), torch.empty(64, 64, 3, 3), (1, 1, 1))
+    assert launch.COUNTS["wgrad_rolling"] == 1 and not launch.COUNTS["wgrad"]
+    identical(dw.permute(0, 2, 3, 1), case.gradient())
 
 
 def test_what_it_refuses() -> None:
