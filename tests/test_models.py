@@ -335,7 +335,8 @@ def test_networks_by_name() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: models.build_by_name("resnet19"), r"depth must be 6n\+2"),
+        (lambda: models.build_by_name("cifar_resnet19"), r"depth must be 6n\+2"),
+        (lambda: models.build_by_name("resnet19"), "'resnet19' is not known"),
         (lambda: models.build_by_name("plain19"), "'plain19' is not known; did you mean plain18"),
         (lambda: models.build_by_name("cifar_resnet"), "not known.*cifar_resnetN"),
         (lambda: models.build_by_name("resnet18", shortcuts="A"), "unexpected keyword argument 'shortcuts'"),
