@@ -1,4 +1,4 @@
-"""Everything between two convolutions in one elementwise pass: bias, BN, shortcut and ReLU.
+"""Everything between two convolutions in one elementwise pass: bias, BN, shortcut and ReLU or PReLU.
 
     y[m, k] = relu((x[m, k] + bias[k]) * scale[k] + shift[k] + residual[m, k])     in fp32, rounded once
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .config import next_power_of_two
-from .epilogue import Operands, bn_scale_shift, relu
+from .epilogue import Operands, bn_scale_shift, prelu, relu, slopes
 from .geometry import cdiv
 from .launch import count
 
@@ -20,8 +20,8 @@ ROWS = 32
 
 @triton.jit
 def bn_act(
-    x, y, residual, bias, gamma, beta, mean, var, eps, M, K: tl.constexpr, RELU: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    x, y, residual, bias, gamma, beta, mean, var, eps, slope, M, K: tl.constexpr, RELU: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ONE_SLOPE: tl.constexpr,
 ):  # fmt: skip
     """BM pixels times BN channels of a dense ``[M, K]``."""
     column_blocks = tl.cdiv(K, BN)
@@ -37,6 +37,8 @@ def bn_act(
         out += tl.load(residual + start + offset, mask=inside, other=0.0).to(tl.float32)
     if RELU:
         out = relu(out)
+    if slope is not None:
+        out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
     tl.store(y + start + offset, out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -55,6 +57,6 @@ def launch_bn_act(y: torch.Tensor, operands: Operands, x: torch.Tensor | None = 
     bn = min(128, max(16, next_power_of_two(k)))
     count("bn_act")
     bn_act[(cdiv(m, ROWS) * cdiv(k, bn),)](
-        y if x is None else x, y, operands.residual, *operands.vectors, m,
-        K=k, RELU=operands.relu, BM=ROWS, BN=bn, num_warps=4,
+        y if x is None else x, y, operands.residual, *operands.with_slope, m,
+        K=k, RELU=operands.relu, BM=ROWS, BN=bn, ONE_SLOPE=operands.one_slope, num_warps=4,
     )  # fmt: skip

@@ -33,6 +33,8 @@ ROLLING_KERNELS = ("conv_rolling", "chain_rolling", "stem_pool")
 #: Kernels that can share a tile's reduction among programs, and those that can be launched dependently.
 SPLIT_KERNELS = ("conv_tma", "conv1x1")
 PDL_KERNELS = (*SPLIT_KERNELS, "conv_pointer")
+#: Kernels that can end in PReLU.
+PRELU_KERNELS = ("conv_tma", "conv1x1", "conv_pointer")
 #: Kernels whose programs may walk over several tiles.
 PERSISTENT_KERNELS = ("conv1x1", "conv_stats", "conv_stats_rolling")
 MOST_SPLITS = 16
@@ -45,7 +47,8 @@ class Epilogue:
     """What follows the convolution in the same kernel: ``relu((acc + bias) * scale + shift + residual)``.
 
     ``scale = gamma / sqrt(var + eps)`` and ``shift = beta - mean * scale`` when ``bn`` is set. With ``residual_bn``
-    (``conv1x1`` only) the residual has a BN of its own, applied as it is added.
+    (``conv1x1`` only) the residual has a BN of its own, applied as it is added. With ``prelu`` (:data:`PRELU_KERNELS`)
+    PReLU comes last in place of the ReLU.
     """
 
     bn: bool = False
@@ -53,13 +56,16 @@ class Epilogue:
     residual: bool = False
     relu: bool = False
     residual_bn: bool = False
+    prelu: bool = False
 
     def __str__(self) -> str:
         added = "add(bn)" if self.residual_bn else "add"
-        names = [
-            n for n, on in (("bias", self.bias), ("bn", self.bn), (added, self.residual), ("relu", self.relu)) if on
-        ]
-        return "+".join(names) or "-"
+        parts = {"bias": self.bias, "bn": self.bn, added: self.residual, "relu": self.relu, "prelu": self.prelu}
+        return "+".join(name for name, on in parts.items() if on) or "-"
+
+    def runs_in(self, config: ConvConfig) -> bool:
+        """Whether the kernel of a configuration has this epilogue."""
+        return not self.prelu or config.kernel in PRELU_KERNELS
 
 
 @dataclass(frozen=True)

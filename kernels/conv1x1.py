@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import ConvConfig
 from .dependent import dependent_launch, wait_for_inputs
-from .epilogue import Operands, bn_scale_shift, relu
+from .epilogue import Operands, bn_scale_shift, prelu, relu, slopes
 from .geometry import cdiv
 from .launch import count, multiprocessors
 from .prologue import Normalised, bn_relu
@@ -26,9 +26,9 @@ from .split_k import launch_split_k_epilogue, new_parts, share
 
 @triton.jit
 def gemm_tile(
-    tile, part, x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, K,
+    tile, part, x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, slope, K,
     C: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, RESIDUAL_BN: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDUAL_BN: tl.constexpr, ONE_SLOPE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM pixels times BN output channels, or its ``part`` of the reduction."""
     column_blocks = tl.cdiv(K, BN)
@@ -57,14 +57,17 @@ def gemm_tile(
             out += added
         if RELU:
             out = relu(out)
+        if slope is not None:
+            out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
         y.store([m0, k0], out.to(y.dtype))
 
 
 @triton.jit
 def conv1x1(
-    x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, M, K, C: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, RESIDUAL_BN: tl.constexpr,
+    x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, slope, M, K,
+    C: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PROGRAMS: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr, RESIDUAL_BN: tl.constexpr,
+    ONE_SLOPE: tl.constexpr,
 ):  # fmt: skip
     """``PROGRAMS`` persistent programs, or 0: ``SPLIT`` programs a tile. ``x, w, y, residual``: descriptors of rank 2.
 
@@ -77,15 +80,15 @@ def conv1x1(
         tile = tl.program_id(0) // SPLIT
         part = tl.program_id(0) % SPLIT if SPLIT > 1 else 0
         gemm_tile(
-            tile, part, x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, K, C,
-            RELU, PRECISION, BM, BN, BK, SPLIT, RESIDUAL_BN,
+            tile, part, x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, slope, K,
+            C, RELU, PRECISION, BM, BN, BK, SPLIT, RESIDUAL_BN, ONE_SLOPE,
         )  # fmt: skip
     else:
         tiles = tl.cdiv(M, BM) * tl.cdiv(K, BN)
         for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
             gemm_tile(
-                tile, 0, x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, K, C,
-                RELU, PRECISION, BM, BN, BK, 1, RESIDUAL_BN,
+                tile, 0, x, w, y, scale_in, shift_in, residual, residual_bn, bias, gamma, beta, mean, var, eps, slope,
+                K, C, RELU, PRECISION, BM, BN, BK, 1, RESIDUAL_BN, ONE_SLOPE,
             )  # fmt: skip
 
 
@@ -124,9 +127,9 @@ def launch_conv1x1(
     conv1x1[(programs or tiles * split,)](
         describe(x, [bm, bk]), describe(w, [bn, bk]), describe(out, out_box),
         None if prologue is None else prologue.scale, None if prologue is None else prologue.shift,
-        None if residual is None else describe(residual, [bm, bn]), fused.residual_bn, *fused.vectors,
+        None if residual is None else describe(residual, [bm, bn]), fused.residual_bn, *fused.with_slope,
         m, k, C=c, RELU=fused.relu, PRECISION=precision, BM=bm, BN=bn, BK=bk, PROGRAMS=programs, SPLIT=split, PDL=pdl,
-        RESIDUAL_BN=fused.residual_bn is not None,
+        RESIDUAL_BN=fused.residual_bn is not None, ONE_SLOPE=fused.one_slope,
         num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
     if split > 1:

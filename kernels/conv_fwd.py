@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import ConvConfig, reduction_steps
 from .dependent import dependent_launch, wait_for_inputs
-from .epilogue import Operands, bn_scale_shift, relu
+from .epilogue import Operands, bn_scale_shift, prelu, relu, slopes
 from .geometry import ConvShape, cdiv
 from .launch import count
 from .split_k import launch_split_k_epilogue, new_parts, share
@@ -25,11 +25,11 @@ from .tiles import box_origin
 
 @triton.jit
 def conv_tma(
-    x, w, y, residual, bias, gamma, beta, mean, var, eps,
+    x, w, y, residual, bias, gamma, beta, mean, var, eps, slope,
     P, Q, K, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     TN: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr, ONE_SLOPE: tl.constexpr,
 ):  # fmt: skip
     """One box of output pixels times BN output channels. ``x, w, y, residual`` are tensor descriptors.
 
@@ -69,6 +69,8 @@ def conv_tma(
             out += residual.load([n0, p0, q0, k0]).reshape(BM, BN).T.to(tl.float32)
         if RELU:
             out = relu(out)
+        if slope is not None:
+            out = prelu(out, slopes(k0 + tl.arange(0, BN), K, slope, ONE_SLOPE)[:, None])
         y.store([n0, p0, q0, k0], out.to(y.dtype).T.reshape(TN, TH, TW, BN))
 
 
@@ -113,10 +115,10 @@ def launch_conv_tma(
     boxes = cdiv(shape.n, tn) * cdiv(shape.p, th) * cdiv(shape.q, tw)
     count("conv_tma")
     conv_tma[(boxes * cdiv(shape.k, bn) * split,)](
-        x_box, w_box, y_box, r_box, *fused.vectors,
+        x_box, w_box, y_box, r_box, *fused.with_slope,
         shape.p, shape.q, shape.k, C=shape.c, R=shape.r, S=shape.s,
         STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation, RELU=fused.relu, PRECISION=precision,
-        TN=tn, TH=th, TW=tw, BN=bn, BK=bk, SPLIT=split, PDL=pdl,
+        TN=tn, TH=th, TW=tw, BN=bn, BK=bk, SPLIT=split, PDL=pdl, ONE_SLOPE=fused.one_slope,
         num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip
     if split > 1:

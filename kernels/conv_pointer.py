@@ -10,17 +10,18 @@ import triton.language as tl
 
 from .config import ConvConfig
 from .dependent import dependent_launch, wait_for_inputs
-from .epilogue import Operands, bn_scale_shift, relu
+from .epilogue import Operands, bn_scale_shift, prelu, relu, slopes
 from .geometry import ConvShape, cdiv
 from .launch import count, needs_int64
 
 
 @triton.jit
 def conv_pointer(
-    x, w, y, residual, bias, gamma, beta, mean, var, eps,
+    x, w, y, residual, bias, gamma, beta, mean, var, eps, slope,
     H, W, P, Q, M, K, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     STRIDE: tl.constexpr, PAD: tl.constexpr, DIL: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     INT64: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    ONE_SLOPE: tl.constexpr,
 ):  # fmt: skip
     """BM output pixels times BN output channels. All tensors dense: x [N,H,W,C], w [K,R,S,C], y [M,K]."""
     if PDL:
@@ -64,6 +65,8 @@ def conv_pointer(
         out += tl.load(residual + offset, mask=stored, other=0.0).to(tl.float32)
     if RELU:
         out = relu(out)
+    if slope is not None:
+        out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
     tl.store(y + offset, out.to(y.dtype.element_ty), mask=stored)
 
 
@@ -80,9 +83,10 @@ def launch_conv_pointer(
     pdl = dependent_launch(config, x.device)
     count("conv_pointer")
     conv_pointer[(cdiv(shape.m, config.bm) * cdiv(shape.k, config.bn),)](
-        x, w, y, operands.residual, *operands.vectors,
+        x, w, y, operands.residual, *operands.with_slope,
         shape.h, shape.w, shape.p, shape.q, shape.m, shape.k, C=shape.c, R=shape.r, S=shape.s,
         STRIDE=shape.stride, PAD=shape.padding, DIL=shape.dilation, RELU=operands.relu, PRECISION=precision,
         INT64=needs_int64(x, y), BM=config.bm, BN=config.bn, BK=config.bk, PDL=pdl,
+        ONE_SLOPE=operands.one_slope,
         num_warps=config.warps, num_stages=config.stages, launch_pdl=pdl,
     )  # fmt: skip

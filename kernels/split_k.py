@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .dependent import wait_for_inputs
-from .epilogue import Operands, bn_scale_shift, relu
+from .epilogue import Operands, bn_scale_shift, prelu, relu, slopes
 from .geometry import cdiv
 from .launch import count, needs_int64
 
@@ -28,9 +28,9 @@ def share(part, STEPS: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def split_k_epilogue(
-    parts, y, residual, bias, gamma, beta, mean, var, eps, M, K,
+    parts, y, residual, bias, gamma, beta, mean, var, eps, slope, M, K,
     SPLIT: tl.constexpr, RELU: tl.constexpr, INT64: tl.constexpr, PDL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, ONE_SLOPE: tl.constexpr,
 ):  # fmt: skip
     """BM output pixels times BN channels. All tensors dense: parts [SPLIT,M,K], y and residual [M,K]."""
     if PDL:
@@ -51,6 +51,8 @@ def split_k_epilogue(
         out += tl.load(residual + offset, mask=stored, other=0.0).to(tl.float32)
     if RELU:
         out = relu(out)
+    if slope is not None:
+        out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
     tl.store(y + offset, out.to(y.dtype.element_ty), mask=stored)
 
 
@@ -86,6 +88,6 @@ def launch_split_k_epilogue(parts: torch.Tensor, y: torch.Tensor, operands: Oper
     m = y.numel() // k
     count("split_k_epilogue")
     split_k_epilogue[(cdiv(m, ROWS) * cdiv(k, COLUMNS),)](
-        parts, y, residual, *operands.vectors, m, k, SPLIT=split, RELU=operands.relu, INT64=needs_int64(parts), PDL=pdl,
-        BM=ROWS, BN=COLUMNS, num_warps=WARPS, launch_pdl=pdl,
+        parts, y, residual, *operands.with_slope, m, k, SPLIT=split, RELU=operands.relu, INT64=needs_int64(parts),
+        PDL=pdl, BM=ROWS, BN=COLUMNS, ONE_SLOPE=operands.one_slope, num_warps=WARPS, launch_pdl=pdl,
     )  # fmt: skip

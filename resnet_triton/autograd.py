@@ -77,24 +77,46 @@ def _again(function: type[Function], *arguments: Any) -> Any:
 
 
 class ConvBNAct(Function):
-    """``relu(bn(conv(x)) + residual)``; arguments as ``torch.ops.resnet_triton.conv_bn_act``."""
+    """``relu(bn(conv(x)) + residual)``; arguments as ``torch.ops.resnet_triton.conv_bn_act``.
+
+    Of a PReLU the backward computes the input again: from the output alone it is not known, whatever the slope's sign.
+    """
 
     @staticmethod
-    def forward(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation):
-        return ops.conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation)
+    def forward(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation, slope=None):
+        operands = (x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation)
+        return ops.conv_bn_act(*operands) if slope is None else ops.conv_bn_act(*operands, slope)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, *vectors, _residual, ctx.eps, relu, stride, padding, dilation = inputs
+        x, weight, *vectors, residual, ctx.eps, relu, stride, padding, dilation = inputs[:13]
+        slope = inputs[13] if len(inputs) > 13 else None
         ctx.geometry = (stride, padding, dilation)
-        ctx.save_for_backward(x, weight, *vectors, output if relu else None)
+        again = (None, None) if slope is None else (slope, residual)
+        ctx.save_for_backward(x, weight, *vectors, output if relu else None, *again)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, *vectors, y = ctx.saved_tensors
+        x, weight, *vectors, y, slope, residual = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        grads, residual = conv_backward(grad, x, weight, vectors, y, ctx.eps, ctx.geometry, needs[:5])
-        return *grads, None, None, (residual if needs[7] else None), None, None, None, None, None
+        d_slope = None
+        if slope is not None:
+            z = _again(ConvBNAct, x, weight, *vectors, residual, ctx.eps, False, *ctx.geometry)
+            grad, d_slope = _prelu_backward(grad, z, slope, needs[13])
+        grads, d_residual = conv_backward(grad, x, weight, vectors, y, ctx.eps, ctx.geometry, needs[:5])
+        return *grads, None, None, (d_residual if needs[7] else None), None, None, None, None, None, d_slope
+
+
+def _prelu_backward(grad: Tensor, z: Tensor, slope: Tensor, need_slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``prelu(z)``: of z, and of the slopes if needed."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    above = z > 0
+    d_z = torch.where(above, grad, (grad.to(wide) * slope.to(wide)[:, None, None]).to(grad.dtype))
+    if not need_slope:
+        return d_z, None
+    products = torch.where(above, 0.0, grad.to(wide) * z.to(wide))
+    d_slope = products.sum() if slope.shape[0] == 1 else products.sum((0, 2, 3))
+    return d_z, d_slope.reshape(slope.shape).to(slope.dtype)
 
 
 def _tail_backward(grads, t, shortcut, units, eps, geometry, y, y_next, needs):

@@ -311,7 +311,8 @@ def conv_launches(
     gamma, beta, mean, var = (meta(shape.k, of=vectors) if epilogue.bn else None for _ in range(4))
     residual = torch.empty_like(y) if epilogue.residual else None
     later = (None, *(meta(shape.k, of=vectors) for _ in range(4)), 1e-5) if epilogue.residual_bn else None
-    operands = Operands(residual, bias, gamma, beta, mean, var, 1e-5, epilogue.relu, later)
+    slope = meta(shape.k, of=vectors) if epilogue.prelu else None
+    operands = Operands(residual, bias, gamma, beta, mean, var, 1e-5, epilogue.relu, later, slope)
     return trace(lambda: launch_conv(x, w, y, shape, operands, config, precision), multiprocessors)
 
 

@@ -27,6 +27,7 @@ POINTER_INSTRUCTIONS = 260
 EPILOGUE_INSTRUCTIONS = 300
 EPILOGUE_PER_VALUE = 2.5
 RESIDUAL_PER_VALUE = 2.5
+PRELU_PER_VALUE = 2  # a product, a comparison and a choice in place of a maximum
 POOLED_PER_VALUE = 2  # for each image that a tile of pixels holds
 # Of one row of a rolling convolution: besides what follows, a matrix instruction, a value, a residual's value; and once
 # a program.
@@ -95,7 +96,7 @@ def predict(
         written, residual = workspace_bytes(config, shape) // 2, False
         moved = shape.bytes_moved(size) - shape.m * shape.k * size + written
         extra = 2 * extra + (written + shape.m * shape.k * size * (1 + epilogue.residual)) / target.hbm_tb_s / 1e6
-    per_value = EPILOGUE_PER_VALUE + RESIDUAL_PER_VALUE * residual
+    per_value = EPILOGUE_PER_VALUE + RESIDUAL_PER_VALUE * residual + PRELU_PER_VALUE * epilogue.prelu
     if config.kernel == "conv1x1_pool":
         moved = pooled_bytes(shape, size)
         per_value += POOLED_PER_VALUE * (bm // (shape.p * shape.q))
@@ -248,7 +249,8 @@ def passes_behind(epilogue: Epilogue, one_pass: bool = False) -> tuple[int, int]
     """Reads and writes of an output behind a library's convolution, and launches: PyTorch's, or ``bn_act``'s."""
     if one_pass:
         return 2 + epilogue.residual, 1
-    return 2 * epilogue.bn + 3 * epilogue.residual + 2 * epilogue.relu, epilogue.bn + epilogue.residual + epilogue.relu
+    last = epilogue.relu or epilogue.prelu
+    return 2 * epilogue.bn + 3 * epilogue.residual + 2 * last, epilogue.bn + epilogue.residual + last
 
 
 def passes_us(shape: ConvShape, epilogue: Epilogue, itemsize: int, target: Target, one_pass: bool = False) -> float:

@@ -71,6 +71,7 @@ def conv_bn_act(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """``relu(bn(conv2d(x, weight) + bias) + residual)`` in one kernel.
 
@@ -79,15 +80,20 @@ def conv_bn_act(
         weight: ``[K, C, R, S]`` of the same dtype.
         bias, gamma, beta, mean, var: ``[K]`` or None, see :class:`ConvBN`.
         residual: ``[N, K, P, Q]`` added before the ReLU, or None.
+        slope: of a PReLU in place of the ReLU (whatever ``relu`` says), one a channel ``[K]`` or ``[1]`` for all; None
+            without.
 
     Returns:
         ``[N, K, P, Q]`` in the dtype of ``x``.
     """
     x, weight, bias, residual = _autocast(x, weight, bias, residual)
     _check_constant(mean, var)
-    tensors = (x, weight, bias, gamma, beta, mean, var, residual)
+    tensors = (x, weight, bias, gamma, beta, mean, var, residual, slope)
     function = autograd.ConvBNAct.apply if _differentiating(tensors) else ops.conv_bn_act.default
-    return function(*distinct(tensors), eps, relu, stride, padding, dilation)
+    *operands, slope = distinct(tensors)
+    if slope is None:
+        return function(*operands, eps, relu, stride, padding, dilation)
+    return function(*operands, eps, False, stride, padding, dilation, slope)
 
 
 def block_tail(

@@ -26,6 +26,7 @@ from .steps import (
     check_conv,
     check_operands,
     check_residual,
+    check_slope,
     conv_out_shape,
     conv_step,
     dense_vectors,
@@ -41,7 +42,7 @@ library = torch.library.Library("resnet_triton", "DEF")
 
 library.define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, "
-    "Tensor? residual, float eps, bool relu, int stride, int padding, int dilation) -> Tensor"
+    "Tensor? residual, float eps, bool relu, int stride, int padding, int dilation, Tensor? slope=None) -> Tensor"
 )
 library.define(
     "block_tail(Tensor t, Tensor shortcut, Tensor?[] conv2, Tensor?[] conv3, Tensor?[] downsample, Tensor?[] next, "
@@ -63,10 +64,11 @@ library.define(
 library.define("add_relu(Tensor x, Tensor y) -> Tensor")
 
 
-def conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation):
+def conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation, slope=None):
     """Implementation of ``torch.ops.resnet_triton.conv_bn_act``."""
     vectors = (bias, gamma, beta, mean, var)
-    return conv_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation)
+    check_slope(slope, weight, relu)
+    return conv_step(x, weight, vectors, residual, eps, relu, stride, padding, dilation, slope=slope)
 
 
 def _fake_conv(x, weight, vectors, residual, stride, padding, dilation):
@@ -76,7 +78,10 @@ def _fake_conv(x, weight, vectors, residual, stride, padding, dilation):
     return new_channels_last(x, *out)
 
 
-def _fake_conv_bn_act(x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation):
+def _fake_conv_bn_act(
+    x, weight, bias, gamma, beta, mean, var, residual, eps, relu, stride, padding, dilation, slope=None
+):
+    check_slope(slope, weight, relu)
     return _fake_conv(x, weight, (bias, gamma, beta, mean, var), residual, stride, padding, dilation)
 
 

@@ -199,7 +199,7 @@ def _choose_conv(
         return Choice(library, None, "use_backend('cudnn')", theirs, limit=unfused.limit)
 
     def fits(config: ConvConfig) -> bool:
-        return cost.fits(config, shape, dtype.itemsize, epilogue.residual, target)
+        return epilogue.runs_in(config) and cost.fits(config, shape, dtype.itemsize, epilogue.residual, target)
 
     entry = tuning.lookup(target.name, shape, dtype, epilogue.residual, precision)
     if entry and fits(entry.config):
@@ -393,7 +393,7 @@ def own_configs(shape: ConvShape, dtype: torch.dtype, precision: str, target: Ta
 
 def own_config(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precision: str, target: Target) -> ConvConfig:
     """Of :func:`own_configs`, the one that is predicted fastest (without a GPU, the first)."""
-    configs = own_configs(shape, dtype, precision, target)
+    configs = [config for config in own_configs(shape, dtype, precision, target) if epilogue.runs_in(config)]
     if not target.is_cuda:
         return configs[0]
     return min(configs, key=lambda config: cost.predict(shape, epilogue, config, dtype, precision, target).us)
@@ -402,6 +402,8 @@ def own_config(shape: ConvShape, epilogue: Epilogue, dtype: torch.dtype, precisi
 def _choose_cpu(epilogue: Epilogue, dtype: torch.dtype, target: Target, backend: str) -> Choice:
     if target.name not in ("cpu", "interpreter"):
         return Choice("aten", None, refusal(target, dtype) or "")
+    if epilogue.prelu:
+        return Choice("aten", None, "use_backend('cudnn')" if backend == "cudnn" else "oneDNN does not fuse PReLU")
     if backend == "auto" and not epilogue.bn and dtype in (torch.float32, torch.bfloat16) and onednn.available():
         return Choice("onednn", None, "BN is folded: bias, add and ReLU run as oneDNN post-ops")
     if epilogue.bn:

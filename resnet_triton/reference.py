@@ -46,13 +46,16 @@ def conv_bn_act(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    slope: Tensor | None = None,
 ) -> Tensor:
-    """``relu(bn(conv(x, weight) + bias) + residual)``, one PyTorch operator after another."""
+    """``relu(bn(conv(x, weight) + bias) + residual)``, one PyTorch operator after another; PReLU where ``slope`` is."""
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
     if var is not None:
         y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
     if residual is not None:
         y = y + residual
+    if slope is not None:
+        return F.prelu(y, slope.to(y.dtype))
     return F.relu(y) if relu else y
 
 

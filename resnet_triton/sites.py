@@ -280,7 +280,8 @@ def sites_of(
     for layer, step in steps:
         if step.op == "conv" and isinstance(step.shape, ConvShape) and step.epilogue:
             after = step.epilogue
-            epilogue = Epilogue(after.bn, after.bias, after.residual, after.relu)  # a residual's own BN is not measured
+            # a residual's own BN is not measured, nor are slopes
+            epilogue = Epilogue(after.bn, after.bias, after.residual, after.relu, prelu=after.prelu)
             us = cost.predict_unfused(step.shape, epilogue, dtype, precision, target).us
             site = Site(step.shape, epilogue, dtype, precision, (layer,), us)
             total += us

@@ -222,6 +222,21 @@ def conv_out_shape(
     return out
 
 
+def check_slope(slope: Tensor | None, weight: Tensor, relu: bool) -> None:
+    """Raises ValueError unless a PReLU has one slope a channel or one for all, and no ReLU comes before it."""
+    if slope is None:
+        return
+    k = weight.shape[0]
+    if slope.dim() != 1 or slope.shape[0] not in (1, k):
+        raise ValueError(f"slope must be [K] = [{k}] or [1], got {tuple(slope.shape)}")
+    if slope.device != weight.device or not slope.is_floating_point():
+        raise ValueError(
+            f"slope is {slope.dtype} on {slope.device}, weight is on {weight.device}; it must be floating point there"
+        )
+    if relu:
+        raise ValueError("relu=True came with a slope; PReLU takes the place of the ReLU: pass relu=False")
+
+
 def check_residual(residual: Tensor | None, out: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """Raises ValueError unless the residual has the output's shape and dtype."""
     if residual is not None and (residual.shape != out or residual.dtype != dtype):
@@ -254,17 +269,19 @@ def conv_step(
     padding: int,
     dilation: int,
     residual_bn: tuple[Vectors, float] | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """Runs one convolution with its epilogue as planned; ``vectors`` are bias, gamma, beta, mean, var.
 
     ``residual_bn`` normalises the residual by vectors and eps of its own, where :func:`.plan.postpones_bn` says so.
+    ``slope`` is PReLU's, in place of the ReLU.
     """
     shape, out_shape = conv_geometry(x.shape, weight.shape, stride, padding, dilation)
     check_types(x, weight)
     check_operands(x, weight, vectors, residual)
     check_residual(residual, out_shape, x.dtype)
-    normalised = residual_bn is not None
-    epilogue = _epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu, normalised)
+    normalised, prelu = residual_bn is not None, slope is not None
+    epilogue = _epilogue(vectors[4] is not None, vectors[0] is not None, residual is not None, relu, normalised, prelu)
     precision = backend.dot_precision(x.dtype)
     if shape.n == 0 and not Recorder.active:
         return new_channels_last(x, *out_shape)
@@ -273,7 +290,7 @@ def conv_step(
         return onednn.convolution(x, weight, vectors[0], residual, relu, stride, padding, dilation)
     if choice.realisation == plan.ONE_PASS and not Recorder.active:
         y = torch.conv2d(channels_last(x), weight, None, stride, padding, dilation)
-        return bn_act_step(channels_last(y), vectors, residual, eps, relu)
+        return bn_act_step(channels_last(y), vectors, residual, eps, relu, slope)
 
     def launch(out: Tensor) -> None:
         from .kernels.dispatch import launch_conv
@@ -281,11 +298,14 @@ def conv_step(
 
         addend = None if residual is None else nhwc(residual)
         later = None if residual_bn is None else (*dense_vectors(residual_bn[0]), residual_bn[1])
-        operands = Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu, residual_bn=later)
+        slopes = None if slope is None else slope.contiguous()
+        operands = Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu, residual_bn=later, slope=slopes)
         launch_conv(nhwc(x), nhwc(weight), out.permute(0, 2, 3, 1), shape, operands, choice.tiling, precision)
 
     def eager() -> Tensor:
-        return reference.conv_bn_act(channels_last(x), weight, *vectors, residual, eps, relu, stride, padding, dilation)
+        return reference.conv_bn_act(
+            channels_last(x), weight, *vectors, residual, eps, relu, stride, padding, dilation, slope
+        )
 
     def moved() -> int:
         return plan.conv_bytes(shape, epilogue, choice, x.element_size())
@@ -308,13 +328,17 @@ def conv_step(
     )
 
 
-def bn_act_step(y: Tensor, vectors: Vectors, residual: Tensor | None, eps: float, relu: bool) -> Tensor:
-    """What follows a library's convolution without bias, in place: bias, BN, residual and ReLU on a channels_last y."""
+def bn_act_step(
+    y: Tensor, vectors: Vectors, residual: Tensor | None, eps: float, relu: bool, slope: Tensor | None = None
+) -> Tensor:
+    """What follows a library's convolution without bias, in place: bias, BN, residual and ReLU or PReLU on a
+    channels_last y."""
     from .kernels.bn_act import launch_bn_act
     from .kernels.epilogue import Operands
 
     addend = None if residual is None else nhwc(residual)
-    launch_bn_act(y.permute(0, 2, 3, 1), Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu))
+    slopes = None if slope is None else slope.contiguous()
+    launch_bn_act(y.permute(0, 2, 3, 1), Operands(addend, *dense_vectors(vectors), eps=eps, relu=relu, slope=slopes))
     return y
 
 

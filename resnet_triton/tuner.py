@@ -86,13 +86,13 @@ def candidates(
     tma = target.tma and plan.tensor_cores(dtype, precision)
 
     def fits(config: ConvConfig) -> bool:
-        return cost.fits(config, shape, size, epilogue.residual, target)
+        return epilogue.runs_in(config) and cost.fits(config, shape, size, epilogue.residual, target)
 
     def predicted(config: ConvConfig) -> tuple[float, float]:
         prediction = cost.predict(shape, epilogue, config, dtype, precision, target)
         return prediction.us, sum(vars(prediction).values())  # the other limits break ties
 
-    known = plan.own_configs(shape, dtype, precision, target)
+    known = [config for config in plan.own_configs(shape, dtype, precision, target) if epilogue.runs_in(config)]
     small_grid = any(config.pdl for config in known)
     if small_grid:
         known = [known[0], *sorted(known[1:], key=predicted)[: TILES - 1]]
