@@ -10,6 +10,7 @@ import pytest
 
 from resnet_triton import cli
 from resnet_triton.info import ENVIRONMENT
+from resnet_triton.models import names
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -80,3 +81,23 @@ def test_promises_are_kept_by_tests_that_exist() -> None:
     paths = re.findall(r"`((?:tests|resnet_triton)/[\w/.]+)`", section)
     assert len(paths) > 5
     assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+def test_networks_of_the_papers_page_can_be_built() -> None:
+    """Every name in the page's tables is one that ``--model`` takes, with arguments that it has."""
+    torchvision, timm = pytest.importorskip("torchvision"), pytest.importorskip("timm")
+    page = (ROOT / "docs/paper.md").read_text()
+    rows = "\n".join(line for line in page.splitlines() if line.startswith("|"))
+    found = re.findall(r"`((?:cifar_|preact_|plain\d|resnet\d|torchvision:|timm:)[^`]*)`", rows)
+    assert len(found) > 30 and "preact_cifar_resnet1001" in found
+    for text in found:
+        name, _, arguments = text.partition(" --model-kwargs ")
+        library, _, model = name.rpartition(":")
+        if library:
+            known = torchvision.models.list_models() if library == "torchvision" else timm.list_models()
+            assert model in known, text
+        else:
+            assert names.is_known(name), text
+            for argument in arguments.split():
+                key, value = names.keyword(argument)
+                assert (key, value) in {("shortcut", "A"), ("shortcut", "C"), ("stride_in_1x1", True)}, text
