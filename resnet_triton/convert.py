@@ -135,8 +135,8 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
         _weights_channels_last(m)
     if not any(_marker(m).kind in ("block", *UNITS) for m in converted):
         logger.warning(
-            "convert found no residual block that it knows in %s; %s. Known are the ResNets of %s, and torchvision's VGG, "
-            "GoogLeNet and Inception.",
+            "convert found no residual block that it knows in %s; %s. Known are the ResNets of %s, and "
+            "torchvision's VGG, GoogLeNet and Inception.",
             original_class(model).__name__,
             "only its stem and head may run fused" if converted else "it runs as before",
             KNOWN,
