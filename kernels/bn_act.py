@@ -33,12 +33,14 @@ def bn_act(
     start = m.to(tl.int64) * K  # one 64-bit scalar; the lanes stay 32-bit
     offset = row[:, None] * K + k[None, :]
     out = tl.load(x + start + offset, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    if slope is not None:
+        below = slopes(k, K, slope, ONE_SLOPE)
     if residual is not None:
         out += tl.load(residual + start + offset, mask=inside, other=0.0).to(tl.float32)
     if RELU:
         out = relu(out)
     if slope is not None:
-        out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
+        out = prelu(out, below[None, :])
     tl.store(y + start + offset, out.to(y.dtype.element_ty), mask=inside)
 
 

@@ -49,6 +49,8 @@ def gemm_tile(
         k = k0 + tl.arange(0, BN)
         scale, shift = bn_scale_shift(k, K, bias, gamma, beta, mean, var, eps)
         out = acc * scale[None, :] + shift[None, :]
+        if slope is not None:  # before the residual: see conv_tma
+            below = slopes(k, K, slope, ONE_SLOPE)
         if residual is not None:
             added = residual.load([m0, k0]).to(tl.float32)
             if RESIDUAL_BN:
@@ -58,7 +60,7 @@ def gemm_tile(
         if RELU:
             out = relu(out)
         if slope is not None:
-            out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
+            out = prelu(out, below[None, :])
         y.store([m0, k0], out.to(y.dtype))
 
 

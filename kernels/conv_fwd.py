@@ -65,12 +65,14 @@ def conv_tma(
     else:
         scale, shift = bn_scale_shift(k0 + tl.arange(0, BN), K, bias, gamma, beta, mean, var, eps)
         out = acc * scale[:, None] + shift[:, None]
+        if slope is not None:  # before the residual: a barrier behind it would keep all of its values in registers
+            below = slopes(k0 + tl.arange(0, BN), K, slope, ONE_SLOPE)
         if residual is not None:
             out += residual.load([n0, p0, q0, k0]).reshape(BM, BN).T.to(tl.float32)
         if RELU:
             out = relu(out)
         if slope is not None:
-            out = prelu(out, slopes(k0 + tl.arange(0, BN), K, slope, ONE_SLOPE)[:, None])
+            out = prelu(out, below[:, None])
         y.store([n0, p0, q0, k0], out.to(y.dtype).T.reshape(TN, TH, TW, BN))
 
 

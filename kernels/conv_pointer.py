@@ -61,12 +61,14 @@ def conv_pointer(
     out = acc * scale[None, :] + shift[None, :]
     offset = m[:, None] * K + k[None, :]
     stored = (m < M)[:, None] & (k < K)[None, :]
+    if slope is not None:
+        below = slopes(k, K, slope, ONE_SLOPE)
     if residual is not None:
         out += tl.load(residual + offset, mask=stored, other=0.0).to(tl.float32)
     if RELU:
         out = relu(out)
     if slope is not None:
-        out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
+        out = prelu(out, below[None, :])
     tl.store(y + offset, out.to(y.dtype.element_ty), mask=stored)
 
 

@@ -47,12 +47,14 @@ def split_k_epilogue(
         acc += tl.load(parts + (part * M + m)[:, None] * K + k[None, :], mask=stored, other=0.0)
     scale, shift = bn_scale_shift(k, K, bias, gamma, beta, mean, var, eps)
     out = acc * scale[None, :] + shift[None, :]
+    if slope is not None:
+        below = slopes(k, K, slope, ONE_SLOPE)
     if residual is not None:
         out += tl.load(residual + offset, mask=stored, other=0.0).to(tl.float32)
     if RELU:
         out = relu(out)
     if slope is not None:
-        out = prelu(out, slopes(k, K, slope, ONE_SLOPE)[None, :])
+        out = prelu(out, below[None, :])
     tl.store(y + offset, out.to(y.dtype.element_ty), mask=stored)
 
 

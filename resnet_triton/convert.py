@@ -23,7 +23,6 @@ from . import structure, units
 from .families import family_of
 
 logger = logging.getLogger("resnet_triton")
-UNITS = ("unit", "sequence")
 KNOWN = "torchvision, timm, Hugging Face and this package"
 
 
@@ -83,7 +82,7 @@ def _kind(m: nn.Module) -> str | None:
         return None
     if family.kind == "stage" and family.spec is None:  # any Sequential
         children = list(m.children())
-        if not children or not all(is_block(child) for child in children):
+        if (not children or not all(is_block(child) for child in children)) and not units.has_prelu(m):
             return None
     return family.kind
 
@@ -133,7 +132,7 @@ def convert(model: nn.Module, *, inplace: bool = False, strict: bool = False) ->
     converted = [m for m in model.modules() if is_converted(m)]
     for m in converted:
         _weights_channels_last(m)
-    if not any(_marker(m).kind in ("block", *UNITS) for m in converted):
+    if not any(_marker(m).kind == "block" or units.is_known(m, _marker(m)) for m in converted):
         logger.warning(
             "convert found no residual block that it knows in %s; %s. Known are the ResNets of %s, and "
             "torchvision's VGG, GoogLeNet and Inception.",
@@ -201,9 +200,11 @@ def residual_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, structur
 
 def modules_of_units(model: nn.Module, now: bool = True) -> Iterator[tuple[str, nn.Module, dict[str, str | None]]]:
     """``(name, module, reasons)`` of every known module of convolution, BN and ReLU, see :func:`.units.reasons`."""
+    owned = set()  # sequences of a module that is listed itself
     for name, m in model.named_modules():
         family = family_of(original_class(m))
-        if family is not None and family.kind in UNITS:
+        if family is not None and id(m) not in owned and units.is_known(m, family):
+            owned.add(id(units.sequence_of(m, family)))
             path = f"{name}." if name else ""
             found = units.reasons(m, family, now)
             yield name, m, {(path + child).removesuffix("."): reason for child, reason in found.items()}

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import structure, units
 from .backend import current_backend, planning_for_cuda
 from .chains import Tail
-from .convert import UNITS, is_block, is_converted
+from .convert import is_block, is_converted
 from .cost import ideal_us, library_us
 from .devices import Target, target_of
 from .models.blocks import ZeroPad
@@ -278,7 +278,7 @@ def reasons_not_fused(model: nn.Module) -> dict[str, str]:
         if marker is None:
             if is_block(m):
                 reasons[name] = "not converted: resnet_triton.convert(model)"
-        elif marker.kind in UNITS:
+        elif units.is_known(m, marker):
             reasons |= {(path + part).removesuffix("."): reason for part, reason in units.reasons(m, marker).items()}
         elif marker.kind == "block":
             reasons[name] = structure.why_not_block(m)

@@ -25,7 +25,8 @@ class Family(NamedTuple):
     Args:
         kind: ``"block"``, ``"stage"``, ``"container"`` (a whole network), ``"getter"`` (children of a network and which
             of their outputs to give), ``"encoder"`` (a network without head), ``"embeddings"`` (a stem by itself),
-            ``"unit"`` (convolution, BN, ReLU), or ``"sequence"`` (a network of them, see :mod:`.units`).
+            ``"unit"`` (convolution, BN, ReLU), or ``"sequence"`` (a network of them, see :mod:`.units`). An nn.Sequential
+            is a ``"stage"`` of blocks, or has PReLU behind convolutions and runs as a sequence.
         module, name: of the class.
         methods: what replaces its methods. The original of ``forward`` is ``_eager``, that of ``f`` is ``_eager_f``.
         spec: attribute names of a block, unit or network; of a stage, where it holds its blocks; of a sequence, where
@@ -72,7 +73,7 @@ def _hf_block(self, hidden_state):
 def _stage(self, input):
     if torch.jit.is_scripting():
         return self._eager(input)
-    return self._eager(input) if _by_modules(input) else run.run_stage(self, input)
+    return self._eager(input) if _by_modules(input) else units.run_stage(self, input)
 
 
 def _resnet(self, x):

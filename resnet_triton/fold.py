@@ -97,8 +97,8 @@ def _foldable_units(m: Converted) -> Iterator[tuple[Place, Place]]:
     known = m._resnet_triton
     if known.kind == "unit" and units.reasons(m, known)[""] is None:
         yield _place(m, known.spec.conv), _place(m, known.spec.norm)
-    if known.kind == "sequence" and units.why_not_sequence(getattr(m, known.spec)) is None:
-        sequence = getattr(m, known.spec)
+    sequence = units.sequence_of(m, known)
+    if sequence is not None and (sequence is m or units.why_not_sequence(sequence) is None):
         names = list(sequence._modules)
         for f in units.found_in(list(sequence._modules.values())):
             if f.reason is None and f.norm is not structure.NO_NORM:

@@ -23,6 +23,7 @@ from .functional import ConvBN
 from .models.blocks import ZeroPad
 from .snapshot import Remembered
 from .structure import (
+    ACTIVATIONS,
     STEMS,
     Converted,
     UnitSpec,
@@ -67,7 +68,9 @@ def unit(conv: Converted, norm: Converted) -> ConvBN:
     )
 
 
-def _apply(x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = None) -> Tensor:
+def _apply(
+    x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = None, slope: Tensor | None = None
+) -> Tensor:
     return functional.conv_bn_act(
         x,
         u.weight,
@@ -78,17 +81,26 @@ def _apply(x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = No
         stride=u.stride,
         padding=u.padding,
         dilation=u.dilation,
+        slope=slope,
     )
 
 
-def _apply_modules(
-    x: Tensor, conv: Converted, norm: Converted, relu: bool = True, residual: Tensor | None = None
+RELU = nn.ReLU()
+
+
+def apply_modules(
+    x: Tensor, conv: Converted, norm: Converted, act: Converted = RELU, residual: Tensor | None = None
 ) -> Tensor:
-    """A convolution, its normalisation by whichever statistics, an addition and a ReLU."""
+    """A convolution, its normalisation by whichever statistics, an addition, and nn.ReLU, nn.PReLU or None.
+
+    Behind batch statistics PReLU is a step of its own.
+    """
     u = unit(conv, norm)
+    relu, slope = type(act) is nn.ReLU, act.weight if type(act) is nn.PReLU else None
     if uses_batch_statistics(norm):
-        return run_training_block(x, residual, [u], [norm], relu=relu)[0]
-    return _apply(x, u, relu, residual)
+        y = run_training_block(x, residual, [u], [norm], relu=relu)[0]
+        return y if slope is None else act(y)
+    return _apply(x, u, relu, residual, slope)
 
 
 # Blocks
@@ -220,13 +232,13 @@ def _run_units(block: Converted, x: Tensor) -> Tensor:
     last = spec.units[-1]
     conv, norm, *then = last.read(block)
     activation = getattr(block, spec.activation)
-    relu = type(activation) is nn.ReLU
+    relu, fused = type(activation) is nn.ReLU, type(activation) in ACTIVATIONS
     rest = [m for m in (*then, *(getattr(block, name) for name in spec.branch)) if not does_nothing(m)]
     fusable = why_not_unit(last, conv, norm) is None
     if fusable and not rest:
-        y = _apply_modules(t, conv, norm, relu, shortcut)
-        return y if relu else activation(y)
-    y = _apply_modules(t, conv, norm, relu=False) if fusable else norm(conv(t))
+        y = apply_modules(t, conv, norm, activation if fused else None, shortcut)
+        return y if fused else activation(y)
+    y = apply_modules(t, conv, norm, None) if fusable else norm(conv(t))
     for m in rest:
         y = m(y)
     if shortcut is None:
@@ -235,13 +247,13 @@ def _run_units(block: Converted, x: Tensor) -> Tensor:
 
 
 def _run_unit(spec: UnitSpec, block: Converted, x: Tensor) -> Tensor:
-    """One convolution, BN, and what follows it; the ReLU goes into the kernel where it comes first."""
+    """One convolution, BN, and what follows it; ReLU or PReLU goes into the kernel where it comes first."""
     conv, norm, *then = spec.read(block)
     then = [m for m in then if not does_nothing(m)]
     if why_not_unit(spec, conv, norm) is None:
-        relu = len(then) > 0 and type(then[0]) is nn.ReLU
-        x = _apply_modules(x, conv, norm, relu)
-        then = then[relu:]
+        fused = len(then) > 0 and type(then[0]) in ACTIVATIONS
+        x = apply_modules(x, conv, norm, then[0] if fused else None)
+        then = then[fused:]
     else:
         x = norm(conv(x))
     for m in then:
@@ -259,16 +271,16 @@ def _run_shortcut(block: Converted, x: Tensor) -> Tensor:
         return x
     for m in parts.before:
         x = m(x)
-    return _apply_modules(x, parts.conv, parts.norm, relu=False)
+    return apply_modules(x, parts.conv, parts.norm, None)
 
 
 # Stages and containers
 
 
-def run_stage(stage: Converted, x: Tensor) -> Tensor:
-    """A converted stage's forward."""
+def run_stage(stage: Converted, x: Tensor) -> Tensor | None:
+    """A converted stage's forward where all of its blocks run fused, else None."""
     blocks = _stage_blocks(stage)
-    return stage._eager(x) if blocks is None else run_blocks(blocks, x)
+    return None if blocks is None else run_blocks(blocks, x)
 
 
 def run_stem(conv: Converted, norm: Converted, act: Converted, x: Tensor, pool: Converted = None) -> Tensor:
@@ -278,9 +290,9 @@ def run_stem(conv: Converted, norm: Converted, act: Converted, x: Tensor, pool: 
     """
     units = stem_units(conv, norm, act)
     assert units is not None
-    *first, (conv, norm, _) = units
+    *first, (conv, norm, act) = units
     for before in first:
-        x = _apply_modules(x, *before[:2])
+        x = apply_modules(x, *before)
     if is_imagenet_conv(conv):
         u = unit(conv, norm)
         fused_pool = pool is not None and is_imagenet_pool(pool)
@@ -289,7 +301,7 @@ def run_stem(conv: Converted, norm: Converted, act: Converted, x: Tensor, pool: 
             return x if fused_pool or pool is None else pool(x)
         if fused_pool:
             return run_training_stem(x, u, norm)
-    x = _apply_modules(x, conv, norm)
+    x = apply_modules(x, conv, norm, act)
     return x if pool is None else pool(x)
 
 

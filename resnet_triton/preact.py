@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import preact_ops as _preact_ops  # noqa: F401  (defines the operators)
 from .functional import ConvBN, _autocast, _differentiating, head
-from .nn import _apply, _apply_modules, run_stem, run_training_block, unit
+from .nn import _apply, apply_modules, run_stem, run_training_block, unit
 from .snapshot import Remembered
 from .structure import (
     NO_NORM,
@@ -211,7 +211,7 @@ def run_resnet(model: Converted, x: Tensor) -> Tensor:
         blocks = _blocks_of(stage)
         # the BN and ReLU in front of the first block follow the first convolution, and nothing else reads that
         if blocks is not None and blocks[0].shared and why_not_conv(conv) is None and why_not_now((conv,)) is None:
-            x, children = _apply_modules(x, conv, blocks[0].lead), rest
+            x, children = apply_modules(x, conv, blocks[0].lead), rest
             pending = [blocks[0]._replace(lead=None), *blocks[1:]]
     for m in children:
         blocks = _blocks_of(m)

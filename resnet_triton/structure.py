@@ -31,6 +31,8 @@ def child(m: Converted, path: str) -> Converted:
 
 #: Stands where a convolution has no normalisation behind it.
 NO_NORM = nn.Identity()
+#: What can follow a convolution in its kernel; whole blocks take nn.ReLU alone.
+ACTIVATIONS = (nn.ReLU, nn.PReLU)
 
 
 @dataclass(frozen=True)
@@ -366,7 +368,7 @@ def partial_reasons(block: Converted) -> dict[str, str]:
             reasons |= dict.fromkeys((u.conv, u.norm), reason)
     for name in (n for u in spec.units for n in u.then):
         m = child(block, name)
-        if type(m) is not nn.ReLU and not does_nothing(m):
+        if type(m) not in ACTIVATIONS and not does_nothing(m):
             reasons[name] = f"{name} is {type(m).__name__}"
     for name in spec.branch:
         m = getattr(block, name)
