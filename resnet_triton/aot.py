@@ -16,6 +16,8 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -602,16 +604,35 @@ def _progress(done: int, total: int, text: str) -> None:
     print(f"\r[{done}/{total}] {text:.100}".ljust(112), end=end, file=sys.stderr, flush=True)
 
 
-def _report(group: Sequence[Case], sm: int, training: bool, markdown: bool, golden: dict[str, dict]) -> bool:
+_group: Sequence[Case] = ()  # what forked processes measure: launches cannot be sent to them
+
+
+def _measure(i: int) -> Metrics | RuntimeError:
+    try:
+        return measure(_group[i])
+    except RuntimeError as error:
+        return error
+
+
+def _measured(group: Sequence[Case], jobs: int) -> Iterator[Metrics | RuntimeError]:
+    """The metrics of each case in order, or why there are none."""
+    global _group
+    _group, jobs = group, min(jobs, len(group))
+    if jobs < 2:
+        yield from map(_measure, range(len(group)))
+        return
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_measure, range(len(group)))
+
+
+def _report(group: Sequence[Case], sm: int, training: bool, markdown: bool, golden: dict[str, dict], jobs: int) -> bool:
     """Prints the table of some cases and what is wrong with them, adds their figures to ``golden``; whether any is."""
     rows, notes = [], []
     heavy: dict[tuple[str, str], list[Metrics]] = {}
-    for done, case in enumerate(group, 1):
+    for done, (case, metrics) in enumerate(zip(group, _measured(group, jobs), strict=True), 1):
         _progress(done, len(group), case.name)
-        try:
-            metrics = measure(case)
-        except RuntimeError as error:
-            notes.append(str(error).replace("\n", " "))
+        if isinstance(metrics, RuntimeError):
+            notes.append(str(metrics).replace("\n", " "))
             continue
         rows.append(row(case, metrics))
         golden[case.name] = golden_record(metrics)
@@ -669,6 +690,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--alternatives", action="store_true", help="compile every other configuration of training kernels too"
     )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    parser.add_argument("--jobs", type=int, default=min(8, cores), help=f"processes (default: {min(8, cores)})")
     options = parser.parse_args(argv)
     partial = bool(options.sm or options.limit or options.only)
     if options.golden and partial:
@@ -683,7 +706,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for training in (False, True):
             group = [case for case in selected if case.training == training]
             if group or not training:
-                failed |= _report(group, sm, training, options.markdown, golden)
+                failed |= _report(group, sm, training, options.markdown, golden, options.jobs)
         if options.alternatives:
             failed |= _report_alternatives([case for case in alternatives(sm) if options.only in case.name])
     if options.diff:

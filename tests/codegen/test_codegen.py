@@ -72,6 +72,11 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| add_relu | bfloat16 |" in out
     with pytest.raises(SystemExit):
         aot.main(["--golden", "--only", name])
+    tables = []
+    for jobs in ("1", "2"):
+        assert aot.main(["--sm", "80", "--limit", "2", "--jobs", jobs]) == 0
+        tables.append(capsys.readouterr().out)
+    assert "sm_80: 2 programs" in tables[0] and tables[0] == tables[1]
 
 
 def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
