@@ -25,7 +25,7 @@ class Family(NamedTuple):
     Args:
         kind: ``"block"``, ``"stage"``, ``"container"`` (a whole network), ``"getter"`` (children of a network and which
             of their outputs to give), ``"encoder"`` (a network without head), ``"embeddings"`` (a stem by itself),
-            ``"unit"`` (convolution, BN, ReLU), or ``"sequence"`` (a network of them, see :mod:`.units`). An nn.Sequential
+            ``"unit"`` (convolution, BN, ReLU), or ``"sequence"`` (a network of them, see :mod:`.units`). A Sequential
             is a ``"stage"`` of blocks, or has PReLU behind convolutions and runs as a sequence.
         module, name: of the class.
         methods: what replaces its methods. The original of ``forward`` is ``_eager``, that of ``f`` is ``_eager_f``.

@@ -2,7 +2,8 @@
 
 From "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385): the ImageNet networks of table 1
 (:class:`ResNet`, 18 to 152 layers), the CIFAR networks of section 4.2 (:class:`CifarResNet`, 6n+2 layers), each with
-any of the paper's shortcuts or none; and the pre-activation networks of its follow-up (:mod:`.preact`)::
+any of the paper's shortcuts or none; the pre-activation networks of its follow-up (:mod:`.preact`); and the PReLU-nets
+that it compares with (:mod:`.prelu`)::
 
     stage         stem                layer1  layer2    layer3    layer4    head
     ResNet        7x7/2, max-pool/2   64      128, /2   256, /2   512, /2   mean, fc
@@ -46,6 +47,7 @@ from .preact import (
     preact_resnet,
     preact_resnet200,
 )
+from .prelu import PReLUNet, prelu_net
 
 __all__ = [
     "BUILDERS",
@@ -54,6 +56,7 @@ __all__ = [
     "Bottleneck",
     "Builder",
     "CifarResNet",
+    "PReLUNet",
     "PlainBlock",
     "PreActBasicBlock",
     "PreActBottleneck",
@@ -71,6 +74,7 @@ __all__ = [
     "preact_cifar_resnet",
     "preact_resnet",
     "preact_resnet200",
+    "prelu_net",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -21,12 +21,12 @@ NAN, INF = float("nan"), float("inf")
 BIASED = Epilogue(bias=True)
 FULL = Epilogue(bn=True, bias=True, residual=True)
 ADDED = Epilogue(bn=True, residual=True)
-#: Rows and columns beyond the tiles, channels beyond the blocks, and a reduction that is shared by two programs.
+#: Rows and columns beyond the tiles, channels beyond the blocks; and a reduction that two programs share.
 CASES = {
     "conv_tma": (ConvShape(1, 5, 7, 16, 24, 3, 3, 1, 1), ConvConfig("conv_tma", (1, 4, 4), 16, 16), FULL),
-    "conv_tma, shared": (ConvShape(1, 5, 4, 32, 24, 3, 3, 1, 1), ConvConfig("conv_tma", (1, 4, 4), 16, 32, split=2), FULL),
+    "split": (ConvShape(1, 5, 4, 32, 24, 3, 3, 1, 1), ConvConfig("conv_tma", (1, 4, 4), 16, 32, split=2), FULL),
     "conv1x1": (ConvShape(2, 5, 7, 24, 40), ConvConfig("conv1x1", (1, 1, 32), 32, 16), BIASED),
-    "conv1x1, persistent": (ConvShape(2, 5, 7, 16, 40), ConvConfig("conv1x1", (1, 1, 16), 16, 16, persistent=1), ADDED),
+    "persistent": (ConvShape(2, 5, 7, 16, 40), ConvConfig("conv1x1", (1, 1, 16), 16, 16, persistent=1), ADDED),
     "conv_pointer": (ConvShape(2, 7, 5, 10, 20, 3, 3, 2, 1), ConvConfig("conv_pointer", (1, 1, 16), 32, 16), FULL),
 }  # fmt: skip
 
