@@ -17,7 +17,9 @@ from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.nests import Loop, longest_of, nest_of_training
 from resnet_triton.training import plan
 from resnet_triton.training.programs import Program, TrainingStep
-from tests.codegen.test_codegen import CASES, GOLDEN, REGENERATE
+from tests.codegen.test_codegen import CASES, GOLDEN, REGENERATE, listed
+
+__all__ = ["listed"]  # a fixture
 
 TRAINING = [case for case in CASES.values() if case.training]
 TARGET = codegen.planned_for(90)
@@ -67,8 +69,8 @@ def test_every_kernel_of_a_step_is_there() -> None:
     others = {case.kernel for case in TRAINING if not case.config}  # besides those of inference
     assert others >= {
         "finalise", "bn_apply", "bn_gradients", "bn_backward", "masked_sums", "sum_parts", "bn_relu_pool",
-        "bn_relu_pool_backward", "moments", "unpack_stem_wgrad", "gram_stats", "gram_rows", "gram_matrix",
-        "gram_columns",
+        "bn_relu_pool_backward", "moments", "unpack_stem_wgrad", "gram_products", "gram_stats", "gram_rows",
+        "gram_dw", "gram_matrix", "gram_columns",
     }  # fmt: skip
     numerics = {(case.dtype, case.precision) for case in TRAINING}
     assert numerics == set(aot.NUMERICS)
@@ -140,6 +142,7 @@ def test_taps_at_the_border() -> None:
     assert nest.loops == (Loop(9, 16 * 16 * 16, taken=5),) and nest.walks and nest.tiles == 4
 
 
+@pytest.mark.usefixtures("listed")
 def test_the_command_line_covers_training(capsys: pytest.CaptureFixture[str]) -> None:
     case = next(case for case in TRAINING if case.kernel == "bn_backward")
     assert aot.main(["--sm", "90", "--only", case.name, "--markdown"]) == 0
