@@ -223,6 +223,10 @@ def _samples(kernels: _Kernels) -> Iterator[Case]:
         shape, epilogue = ConvShape(256, 7, 7, 512, 2048), replace(BN_ADD_RELU, residual_bn=True)
         yield from kernels.conv(ConvSite("1x1", shape, epilogue), "1x1 that normalises its shortcut batch 256")
         yield from kernels.lead(batch)
+    if kernels.target.sm == 90 and kernels.dtype == torch.bfloat16:
+        for label, shape, _ in (shapes[0], *shapes[2:]):
+            epilogue = replace(BN_ADD_RELU, relu=False, prelu=True)
+            yield from kernels.conv(ConvSite(label, shape, epilogue), f"{label} and PReLU batch {batch}")
     seen = set()
     for name, chain in _chains(kernels, batch):
         for config in chains.configs_of(chain, kernels.dtype, kernels.target):
@@ -246,7 +250,8 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def _operands(epilogue: Epilogue, k: int, residual: Tensor | None) -> Operands:
     bias = _meta(k) if epilogue.bias else None
     gamma, beta, mean, var = (_meta(k) if epilogue.bn else None for _ in range(4))
-    return Operands(residual if epilogue.residual else None, bias, gamma, beta, mean, var, 1e-5, epilogue.relu)
+    added, slope = residual if epilogue.residual else None, _meta(k) if epilogue.prelu else None
+    return Operands(added, bias, gamma, beta, mean, var, 1e-5, epilogue.relu, slope=slope)
 
 
 @dataclass(frozen=True)
@@ -403,7 +408,8 @@ class _Kernels:
         """The pass behind a library's convolution, without and with a shortcut."""
         from .kernels.bn_act import launch_bn_act
 
-        for epilogue in (BN_RELU, BN_ADD_RELU):
+        prelu = [Epilogue(bias=True, prelu=True)] if self.target.sm == 90 and self.dtype == torch.bfloat16 else []
+        for epilogue in (BN_RELU, BN_ADD_RELU, *prelu):
             y, residual = (_meta(batch, 7, 7, 512, dtype=self.dtype) for _ in range(2))
             moved = (2 + epilogue.residual) * y.nbytes
             for launch in self._trace(partial(launch_bn_act, y, _operands(epilogue, 512, residual))):
