@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import resnet_triton
 from resnet_triton import chains, cost, functional, plan, reference, steps
 from resnet_triton.chains import Tail, bottleneck_tails
-from resnet_triton.compare import PREDICT_FOR, Watch, fill_times, halving
+from resnet_triton.compare import PREDICT_FOR, Watch, fill_times, halving, is_out_of_memory
 from resnet_triton.devices import known_devices
 from resnet_triton.errors import EXACT, UNUSABLE, Error, gate, relative_error, tensors_of
 from resnet_triton.explain import Plan
@@ -23,12 +23,15 @@ from resnet_triton.functional import ConvBN
 from resnet_triton.kernels.config import Epilogue
 from resnet_triton.kernels.geometry import ConvShape
 from resnet_triton.providers import DTYPES
-from resnet_triton.results import NO_CUDA, OK, Row, device_name
+from resnet_triton.results import FAILED, NO_CUDA, OK, Row, device_name
 from resnet_triton.shapes import BN_ADD_RELU, BN_RELU, resnet_convs
 from resnet_triton.timing import Bystanders, clock_for, interleave
 
+from . import cudnn_graphs
+from .cudnn_graphs import NotSupported
+
 EPS = 1e-5
-EAGER, OURS, FOLDED = "eager passes", "ours", "ours folded"
+EAGER, OURS, FOLDED, CUDNN = "eager passes", "ours", "ours folded", cudnn_graphs.PROVIDER
 #: Layers of ResNet-50 that stand for the others where time is short: 3x3, expand with shortcut, stride 2, reduce.
 FEW = ("layer1.0.conv2", "layer1.0.conv3", "layer2.0.conv2", "layer3.1.conv1", "layer4.1.conv2")
 #: The stages of ResNet-50 whose blocks may end in one kernel.
@@ -53,6 +56,7 @@ class Layer:
         remake: the same step for another batch.
         kernel: the kernel that computes it, where ``ours`` is no operator that ``explain`` knows.
         predicted_us: its predicted microseconds in a dtype, then.
+        unit: the convolution and what follows it, where that is the whole step: cuDNN may have a graph for it.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Layer:
     remake: Callable[[int], Layer] | None = None
     kernel: str | None = None
     predicted_us: Callable[[torch.dtype], float] | None = None
+    unit: tuple[ConvShape, Epilogue] | None = None
 
     def tensors(self) -> list[Tensor]:
         """Float32 tensors on the CPU: random, with positive vectors."""
@@ -150,7 +155,8 @@ def conv_layer(name: str, shape: ConvShape, epilogue: Epilogue) -> Layer:
     def remake(batch: int) -> Layer:
         return conv_layer(name, replace(shape, n=batch), epilogue)
 
-    return Layer(title, shapes, ours, eager, shape.n, shape.macs, folded=folded, remake=remake)
+    unit = shape, epilogue
+    return Layer(title, shapes, ours, eager, shape.n, shape.macs, folded=folded, remake=remake, unit=unit)
 
 
 def conv_layers(batch: int, names: tuple[str, ...] | None = None) -> list[Layer]:
@@ -184,7 +190,8 @@ def one_pass_layer(batch: int) -> Layer:
     def predicted_us(dtype: torch.dtype) -> float:
         return cost.predict_unfused(shape, epilogue, dtype, "tf32", known_devices()[PREDICT_FOR], one_pass=True).us
 
-    return replace(apart, ours=ours, folded=None, remake=one_pass_layer, kernel="bn_act", predicted_us=predicted_us)
+    changed: dict[str, Any] = {"ours": ours, "folded": None, "remake": one_pass_layer, "unit": None}
+    return replace(apart, kernel="bn_act", predicted_us=predicted_us, **changed)
 
 
 def lead_layer(batch: int) -> Layer:
@@ -364,6 +371,38 @@ def measure(layer: Layer, device: str, dtype: str, budget_s: float, watch: Watch
     return halving(layer.batch, lambda batch: _measure(remake(batch), device, dtype, budget_s), tell)
 
 
+def fused_call(layer: Layer, tensors: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
+    """A step with a ``unit`` as a graph of cuDNN's.
+
+    Raises:
+        NotSupported: cuDNN refuses it.
+    """
+    assert layer.unit is not None
+    x, w, *bn = tensors
+    graph = cudnn_graphs.unit(*layer.unit, dtype, cudnn_graphs.this_gpu())
+    return graph.bind(cudnn_graphs.unit_operands(x, w, tuple(bn), EPS))
+
+
+def absent_rows(dtype: str) -> list[Row]:
+    """One row that says why there are none of cuDNN's graphs; none where its frontend is installed."""
+    step, status = cudnn_graphs.EVERY_STEP, cudnn_graphs.ABSENT
+    return [] if cudnn_graphs.installed() else [Row("layers", device_name(), CUDNN, step, dtype, status)]
+
+
+def _fused(layer: Layer, tensors: Sequence[Tensor], dtype: torch.dtype) -> Callable[[], Any] | str:
+    """:func:`fused_call`, run once, or why there is none."""
+    try:
+        call = fused_call(layer, tensors, dtype)
+        call()
+    except NotSupported as reason:
+        return str(reason)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return f"{FAILED}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+    return call
+
+
 def _measure(layer: Layer, device: str, dtype: str, budget_s: float) -> dict[str, Row]:
     torch.manual_seed(0)
     tensors = [x.to(device, DTYPES[dtype]) for x in layer.tensors()]
@@ -380,6 +419,13 @@ def _measure(layer: Layer, device: str, dtype: str, budget_s: float) -> dict[str
         calls[FOLDED] = lambda: folded(*operands)
     backend = "triton" if device == "cuda" else "auto"
     rows, timed, eager = {}, {}, EXACT
+    if layer.unit is not None and device == "cuda" and cudnn_graphs.installed():
+        fused = _fused(layer, tensors, DTYPES[dtype])
+        if isinstance(fused, str):
+            rows[CUDNN] = _row(layer, device_name(), dtype, CUDNN)
+            rows[CUDNN].status = fused
+        else:
+            calls[CUDNN] = fused
     with torch.inference_mode(), resnet_triton.use_backend(backend):
         exact = tensors_of(layer.eager(*(t.double() for t in tensors)))
         for provider, call in calls.items():
@@ -387,7 +433,7 @@ def _measure(layer: Layer, device: str, dtype: str, budget_s: float) -> dict[str
             error = _error(tensors_of(call()), exact)
             eager = error if provider == EAGER else eager
             row.error, row.eager_error = error.rms, eager.rms
-            row.status = gate(error, eager, dtype, provider != EAGER)
+            row.status = gate(error, eager, dtype, provider not in (EAGER, CUDNN))
             if row.status == OK:
                 timed[provider] = call
         del exact

@@ -6,8 +6,21 @@ import pytest
 import torch
 
 from bench.conftest import SMOKE
-from bench.layers import EAGER, FEW, FOLDED, OURS, Layer, conv_layers, kernel_layers, measure, unmeasured
+from bench.layers import (
+    CUDNN,
+    EAGER,
+    FEW,
+    FOLDED,
+    OURS,
+    Layer,
+    absent_rows,
+    conv_layers,
+    kernel_layers,
+    measure,
+    unmeasured,
+)
 from resnet_triton.providers import weak_dtype
+from resnet_triton.results import Row
 
 CUDA = torch.cuda.is_available()
 CPU_BATCH = 1 if SMOKE else 4
@@ -31,9 +44,19 @@ def test_cpu_layer(layer: Layer, dtype: str, provider: str, lab, publish) -> Non
     publish(rows[provider])
 
 
-@pytest.mark.parametrize("provider", [EAGER, OURS] if CUDA else [OURS])
+ABSENT = absent_rows("bfloat16") if CUDA else []
+GPU_PROVIDERS = (EAGER, OURS) if ABSENT else (EAGER, CUDNN, OURS)
+
+
 @pytest.mark.parametrize(
-    "layer", [layer for batch in GPU_BATCHES for layer in kernel_layers(batch, few=SMOKE or not CUDA)], ids=_name
+    ("layer", "provider"),
+    [
+        pytest.param(layer, provider, id=f"{_name(layer)}-{provider.replace(' ', '_')}")
+        for provider in (GPU_PROVIDERS if CUDA else (OURS,))
+        for batch in GPU_BATCHES
+        for layer in kernel_layers(batch, few=SMOKE or not CUDA)
+        if provider != CUDNN or layer.unit is not None
+    ],
 )
 def test_gpu_layer(layer: Layer, provider: str, lab, publish) -> None:
     """A step on this package's kernels: distinct convolutions and block ends of ResNet-50, and all around them."""
@@ -42,3 +65,9 @@ def test_gpu_layer(layer: Layer, provider: str, lab, publish) -> None:
         return
     rows = lab.once((layer.name, "cuda"), lambda: measure(layer, "cuda", "bfloat16", BUDGET_S, lab))
     publish(rows[provider])
+
+
+@pytest.mark.parametrize("row", ABSENT, ids=lambda row: row.provider)
+def test_a_peer_that_is_not_installed(row: Row, record) -> None:
+    """A line that says how to get it."""
+    record(row)

@@ -7,9 +7,11 @@ cache, both sides in turns.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,15 +23,18 @@ import resnet_triton
 from resnet_triton import backend
 from resnet_triton.compare import PREDICT_FOR
 from resnet_triton.devices import Target, known_devices
+from resnet_triton.errors import PEER_LIMIT
 from resnet_triton.kernels.config import ConvConfig
 from resnet_triton.measure import Errors, errors, exact_fp32
 from resnet_triton.plan import Choice
-from resnet_triton.results import NO_CUDA, OK, WRONG, Row
+from resnet_triton.results import FAILED, NO_CUDA, OK, WRONG, Row
 from resnet_triton.training import plan, reference
 from resnet_triton.training.measure import TrainProblem
 from resnet_triton.training.plan import Work
 from resnet_triton.training.reference import Lazy
 
+from . import cudnn_graphs
+from .cudnn_graphs import NotSupported, Peer
 from .training import plain_model
 
 SUITE = "training layers"
@@ -92,7 +97,13 @@ def configs_by_kernel(
 
 
 class Beside(TrainProblem):
-    """A step, checked against float64, beside what eager runs; arguments as for :class:`TrainProblem`."""
+    """A step, checked against float64, beside what eager runs; arguments as for :class:`TrainProblem`.
+
+    Attributes:
+        fused: the step as a graph of cuDNN's on a set of operands, once :func:`fused_peer` found it right.
+    """
+
+    fused: Callable[[int], tuple[Tensor, ...]] | None = None
 
     def _prepare_reference(self) -> None:
         super()._prepare_reference()
@@ -117,7 +128,7 @@ class Beside(TrainProblem):
 
     def baselines(self) -> dict[str, Callable[[int], object]]:
         found = super().baselines() or {"library": self._stored_form}
-        return {**found, "conv": self._alone}
+        return {**found, "conv": self._alone, **({"fused": self.fused} if self.fused else {})}
 
     def _value(self, i: int) -> Tensor:
         o = self.operands[i]
@@ -173,6 +184,7 @@ class Timed:
         us: time of our kernel; library_us: what PyTorch runs instead; conv_us: its convolution alone.
         error, library_error: against float64.
         wrong: what is wrong, or None; then there are no times.
+        fused: the step as a graph of cuDNN's.
     """
 
     us: float
@@ -181,18 +193,52 @@ class Timed:
     error: float
     library_error: float
     wrong: str | None = None
+    fused: Peer | None = None
+
+
+def fused_peer(problem: Beside) -> Peer:
+    """A step as a graph of cuDNN's, checked as the library is; if it is right, it is timed from then on."""
+    if not cudnn_graphs.installed():
+        return Peer(cudnn_graphs.ABSENT)
+    try:
+        step = cudnn_graphs.TrainingStep(problem.work, problem.dtype, cudnn_graphs.this_gpu())
+        runs = [step.bind(operands) for operands in problem.operands]
+        outs = problem.compared(step.results(runs[0]()))
+    except NotSupported as reason:
+        return Peer(str(reason))
+    except Exception as error:
+        return Peer(f"{FAILED}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200])
+    found = [errors(out, wanted) for out, wanted in zip(outs, problem._wanted, strict=True)]
+    reasons = (e.exceeds(theirs, PEER_LIMIT) for e, theirs in zip(found, problem._library_errors, strict=True))
+    if wrong := next(filter(None, reasons), None):
+        return Peer(f"{WRONG}: {wrong}", step.note, error=found[0].l2)
+    problem.fused = lambda i: runs[i]()
+    return Peer(OK, step.note, error=found[0].l2)
 
 
 def measure(work: Work, config: ConvConfig, dtype: torch.dtype = torch.bfloat16) -> Timed:
     """Checks a step on the GPU that is there, then times it; a wrong one is not timed."""
     problem = Beside(work, dtype)
     wrong, mine, library = problem.errors_of(config)
+    peer = None if wrong else fused_peer(problem)
     problem.release()
     torch.cuda.empty_cache()
     if wrong:
         return Timed(0.0, 0.0, None, mine.l2, library.l2, wrong)
-    timing = problem.time(config)
-    return Timed(timing.us, timing.library_us, timing.conv_us, mine.l2, library.l2)
+    us = {name: statistics.median(values) for name, values in problem.times(config).items()}
+    peer = peer and replace(peer, us=us.get("fused"))
+    return Timed(us["ours"], us["library"], us.get("conv"), mine.l2, library.l2, fused=peer)
+
+
+def measured_rows(work: Work, config: ConvConfig, device: str, target: Target) -> list[Row]:
+    """Checked and timed rows of one step, ours first; in float16 too where that is what cuDNN has a graph for."""
+    timed = measure(work, config)
+    rows = rows_of(work, config, device, target, timed)
+    if timed.fused is not None and timed.fused.status.startswith(cudnn_graphs.REFUSED):
+        with contextlib.suppress(NotSupported):
+            cudnn_graphs.TrainingStep(work, torch.float16, cudnn_graphs.this_gpu())
+            rows += rows_of(work, config, device, target, measure(work, config, torch.float16), "float16")
+    return rows
 
 
 def rows_of(
@@ -221,7 +267,17 @@ def rows_of(
         ours.status = f"{WRONG}: {timed.wrong}"
         return [ours]
     ours.speedup = timed.library_us / timed.us
-    return [ours, row(LIBRARY, timed.library_us), *([row(ALONE, timed.conv_us)] if timed.conv_us else [])]
+    rows = [ours, row(LIBRARY, timed.library_us), *([row(ALONE, timed.conv_us)] if timed.conv_us else [])]
+    return rows if timed.fused is None else [*rows, _fused_row(row, timed, timed.fused)]
+
+
+def _fused_row(row: Callable[[str, float | None], Row], timed: Timed, peer: Peer) -> Row:
+    made = row(cudnn_graphs.PROVIDER, peer.us)
+    if peer.status == cudnn_graphs.ABSENT:  # one line for all
+        made.model, made.train_batch_size = cudnn_graphs.EVERY_STEP, None
+    made.status, made.note, made.error, made.eager_error = peer.status, peer.note, peer.error, timed.library_error
+    made.speedup = timed.library_us / peer.us if peer.us else None
+    return made
 
 
 def one_each(target: Target, batch: int = 256) -> list[tuple[Work, ConvConfig]]:

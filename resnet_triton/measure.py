@@ -170,16 +170,21 @@ class Problem(abc.ABC):
         self._library_errors = tuple(errors(out, wanted) for out, wanted in found)
 
     def time(self, config: ConvConfig) -> Timing:
-        """Times our kernel and the baselines, replay by replay in turns."""
+        """Median times of our kernel and the baselines."""
+        times = self.times(config)
+        us = {name: statistics.median(values) for name, values in times.items()}
+        return Timing(us["ours"], us.get("library", 0.0), us.get("conv"), spread(times["ours"]))
+
+    def times(self, config: ConvConfig) -> dict[str, list[float]]:
+        """Microseconds of our kernel (``"ours"``) and of each baseline, replay by replay in turns."""
         replays = self._launches(config)
         if not self._replays:
             with cudnn_benchmark():
                 self._graphs = {name: self._capture(run, replays) for name, run in self.baselines().items()}
             self._replays = replays
         graphs = {**self._graphs, "ours": self._capture(lambda i: self.run_ours(config, i), self._replays)}
-        times = interleaved(graphs, ROUNDS)
-        us = {name: statistics.median(values) * 1e3 / self._replays for name, values in times.items()}
-        return Timing(us["ours"], us.get("library", 0.0), us.get("conv"), spread(times["ours"]))
+        found = interleaved(graphs, ROUNDS)
+        return {name: [ms * 1e3 / self._replays for ms in values] for name, values in found.items()}
 
     def _launches(self, config: ConvConfig) -> int:
         """Launches per replay: whole rotations, at least about :data:`REPLAY_US` of work."""

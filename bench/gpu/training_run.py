@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import resnet_triton
 from bench.training import OURS_LIMIT, Judge, TrainGroup, build_model, measure, worst_of
-from bench.training_layers import Beside, rows_of
-from bench.training_layers import measure as measure_step
+from bench.training_layers import Beside, measured_rows
 from bench.training_providers import GraphedStep, Step
 from resnet_triton.backend import use_backend
 from resnet_triton.devices import target_of
@@ -34,7 +33,7 @@ def run_row(row: dict[str, Any], journal: Journal) -> Result:
     payload = row["payload"]
     if payload["what"] == "step":
         work, config = work_of(payload["work"]), ConvConfig.from_dict(payload["config"])
-        found = rows_of(work, config, device_name(), target_of("cuda"), measure_step(work, config))
+        found = measured_rows(work, config, device_name(), target_of("cuda"))
     else:
         group = TrainGroup(**{**payload["group"], "dtypes": tuple(payload["group"]["dtypes"])})
         found = list(measure(group).values())
