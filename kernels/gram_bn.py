@@ -75,7 +75,10 @@ def dot_with_filters(filters, right, acc, EXACT: tl.constexpr):
 def times_centred(
     w, s2, s1, k, j, count, K: tl.constexpr, C: tl.constexpr, GUARD: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """``(w S)[k, j]``, and if GUARD ``(w^2 (s2/M)^2)[k, j]`` with elementwise squares, roughly."""
+    """``(w S)[k, j]``, and if GUARD ``(w^2 (s2/M)^2)[k, j]`` with elementwise squares, roughly.
+
+    S is symmetric: its rows are read as columns, which is how a tensor core wants fp32 numbers.
+    """
     high, low = mean_parts(s1, j, C, count)
     product = tl.zeros((k.shape[0], j.shape[0]), tl.float32)
     squares = tl.zeros((k.shape[0], j.shape[0]), tl.float32)
@@ -83,36 +86,53 @@ def times_centred(
     for start in range(0, C, BK):
         i = start + tl.arange(0, BK)
         filters = rows_of(w, k, i, K, C).to(tl.float32)
-        moments = rows_of(s2, i, j, C, C)
+        moments = rows_of(s2, j, i, C, C)
         total = tl.load(s1 + i, mask=i < C, other=0.0)
-        centred = less_product(moments, total[:, None], high[None, :], low[None, :])
-        product = dot_with_filters(filters, centred, product, w.dtype.element_ty != tl.float32)
+        centred = less_product(moments, total[None, :], high[:, None], low[:, None])
+        product = dot_with_filters(filters, tl.trans(centred), product, w.dtype.element_ty != tl.float32)
         if GUARD:
             moments *= inverse
-            squares = tl.dot(filters * filters, moments * moments, squares, input_precision="tf32")
+            moments = tl.trans((moments * moments).to(tl.bfloat16))
+            squares = tl.dot((filters * filters).to(tl.bfloat16), moments, squares)
     return product, squares
 
 
 @triton.jit
-def gram_stats(
-    w, s2, s1, gamma, beta, stats, doubtful, count, eps, ERROR, K: tl.constexpr, C: tl.constexpr,
+def gram_products(
+    w, s2, s1, parts, count, K: tl.constexpr, C: tl.constexpr, GUARD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """BM filters times BN channels: their parts of ``M mean``, ``M var`` and, if GUARD, of the squared errors."""
+    blocks = tl.cdiv(C, BN)
+    part = tl.program_id(0) % blocks
+    k = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
+    j = part * BN + tl.arange(0, BN)
+    product, squares = times_centred(w, s2, s1, k, j, count, K, C, GUARD, BK)
+    filters = rows_of(w, k, j, K, C).to(tl.float32)
+    total = tl.load(s1 + j, mask=j < C, other=0.0).to(tl.float64)
+    out = parts + part * (3 * K) + k
+    tl.store(out, tl.sum(filters.to(tl.float64) * total[None, :], 1), mask=k < K)
+    tl.store(out + K, tl.sum(filters.to(tl.float64) * product.to(tl.float64), 1), mask=k < K)
+    if GUARD:
+        tl.store(out + 2 * K, tl.sum(filters * filters * squares, 1).to(tl.float64), mask=k < K)
+
+
+@triton.jit
+def gram_stats(
+    parts, gamma, beta, stats, doubtful, PARTS, count, eps, ERROR, K: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """The statistics of BM filters. ERROR: relative to an entry of ``s2``, over the one allowed of ``var + eps``."""
     k = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = k < K
     mean = tl.zeros((BM,), tl.float64)
     var = tl.zeros((BM,), tl.float64)
-    spread = tl.zeros((BM,), tl.float32)
-    for start in range(0, C, BN):
-        j = start + tl.arange(0, BN)
-        product, squares = times_centred(w, s2, s1, k, j, count, K, C, doubtful is not None, BK)
-        filters = rows_of(w, k, j, K, C).to(tl.float32)
-        total = tl.load(s1 + j, mask=j < C, other=0.0).to(tl.float64)
-        mean += tl.sum(filters.to(tl.float64) * total[None, :], 1)
-        var += tl.sum(filters.to(tl.float64) * product.to(tl.float64), 1)
+    spread = tl.zeros((BM,), tl.float64)
+    for part in range(0, PARTS):
+        of = parts + part * (3 * K) + k
+        mean += tl.load(of, mask=inside, other=0.0)
+        var += tl.load(of + K, mask=inside, other=0.0)
         if doubtful is not None:
-            spread += tl.sum(filters * filters * squares, 1)
+            spread += tl.load(of + 2 * K, mask=inside, other=0.0)
     pixels = tl.cast(count, tl.float64)
     mean = (mean / pixels).to(tl.float32)
     var = tl.maximum((var / pixels).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -131,26 +151,17 @@ def gram_stats(
     tl.store(stats + 4 * K + k, shift, mask=inside)
     if doubtful is not None:
         # independent errors of the entries add in squares; a common one scales the whole second moment
-        error = tl.cast(ERROR, tl.float32) * (tl.sqrt(spread) + mean * mean)
+        error = tl.cast(ERROR, tl.float32) * (tl.sqrt(spread.to(tl.float32)) + mean * mean)
         found = tl.max(((error > var + eps) & inside).to(tl.int32), 0)
         tl.store(doubtful, 1, mask=found != 0)
 
 
 @triton.jit
-def third_factor(k, stats, dgamma, count, K: tl.constexpr):
-    """``g3 = -scale * rstd * dgamma / M`` of the filters ``k``, 0 outside; ``dgamma`` holds theirs."""
-    inside = k < K
-    rstd = tl.load(stats + 2 * K + k, mask=inside, other=0.0)
-    scale = tl.load(stats + 3 * K + k, mask=inside, other=0.0)
-    return tl.div_rn(-scale * rstd * dgamma, tl.cast(count, tl.float32))
-
-
-@triton.jit
 def gram_rows(
-    w, g, sdz, s2, s1, stats, dw, dgamma, dbeta, wp, count, K: tl.constexpr, C: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    w, g, sdz, s1, stats, dgamma, dbeta, g3, wp, count, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
-    """Everything that belongs to BM filters: their gradients and ``wp``."""
+    """What BM filters have without products: ``dgamma``, ``dbeta``, ``g3`` and ``wp``."""
     k = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = k < K
     d = tl.load(sdz + k, mask=inside, other=0.0)
@@ -160,41 +171,62 @@ def gram_rows(
         j = start + tl.arange(0, BN)
         high, low = mean_parts(s1, j, C, count)
         centred = less_product(rows_of(g, k, j, K, C), d[:, None], high[None, :], low[None, :])
-        filters = rows_of(w, k, j, K, C)
+        filters = rows_of(w, k, j, K, C).to(tl.float32)
         total += tl.sum(filters.to(tl.float64) * centred.to(tl.float64), 1)
         stored = inside[:, None] & (j < C)[None, :]
-        scaled = scale[:, None] * filters.to(tl.float32)
-        tl.store(wp + k[:, None] * C + j[None, :], scaled.to(wp.dtype.element_ty), mask=stored)
+        tl.store(wp + k[:, None] * C + j[None, :], (scale[:, None] * filters).to(wp.dtype.element_ty), mask=stored)
     rstd = tl.load(stats + 2 * K + k, mask=inside, other=0.0)
     dg = (rstd.to(tl.float64) * total).to(tl.float32)
     tl.store(dgamma + k, dg, mask=inside)
     tl.store(dbeta + k, d, mask=inside)
-    g3 = third_factor(k, stats, dg, count, K)
-    for start in range(0, C, BN):
-        j = start + tl.arange(0, BN)
-        product, _ = times_centred(w, s2, s1, k, j, count, K, C, False, BK)
-        high, low = mean_parts(s1, j, C, count)
-        centred = less_product(rows_of(g, k, j, K, C), d[:, None], high[None, :], low[None, :])
-        stored = inside[:, None] & (j < C)[None, :]
-        out = tl.fma(scale[:, None] + tl.zeros_like(centred), centred, g3[:, None] * product)
-        tl.store(dw + k[:, None] * C + j[None, :], out, mask=stored)
+    tl.store(g3 + k, tl.div_rn(-scale * rstd * dg, tl.cast(count, tl.float32)), mask=inside)
+
+
+@triton.jit
+def gram_dw(
+    w, g, sdz, s2, s1, stats, g3, dw, count, K: tl.constexpr, C: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of ``dw = g1 * G + g3 * (w S)``."""
+    blocks = tl.cdiv(C, BN)
+    k = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
+    j = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    inside = k < K
+    product, _ = times_centred(w, s2, s1, k, j, count, K, C, False, BK)
+    d = tl.load(sdz + k, mask=inside, other=0.0)
+    scale = tl.load(stats + 3 * K + k, mask=inside, other=0.0)
+    third = tl.load(g3 + k, mask=inside, other=0.0)
+    high, low = mean_parts(s1, j, C, count)
+    centred = less_product(rows_of(g, k, j, K, C), d[:, None], high[None, :], low[None, :])
+    out = tl.fma(scale[:, None] + tl.zeros_like(centred), centred, third[:, None] * product)
+    tl.store(dw + k[:, None] * C + j[None, :], out, mask=inside[:, None] & (j < C)[None, :])
 
 
 @triton.jit
 def gram_matrix(
-    w, stats, dgamma, q, count, K: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr
+    w, g3, q, K: tl.constexpr, C: tl.constexpr, TERMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ``Q = w^T diag(g3) w``."""
-    blocks = tl.cdiv(C, BC)
-    i = tl.program_id(0) // blocks * BC + tl.arange(0, BC)
-    j = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    acc = tl.zeros((BC, BC), tl.float32)
+    """A tile of ``Q = w^T diag(g3) w``. TERMS: its products with 16-bit filters are as exact as one in fp32.
+
+    Three bf16 hold an fp32 number. Tensor cores read 16-bit filters in either direction: none is transposed, and only
+    the narrow side of a tile is multiplied and split. TF32 holds fp16, in two terms; fp32 is multiplied as it is.
+    """
+    blocks = tl.cdiv(C, BN)
+    i = tl.program_id(0) // blocks * BM + tl.arange(0, BM)
+    j = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        g3 = third_factor(k, stats, tl.load(dgamma + k, mask=k < K, other=0.0), count, K)
-        left = tl.trans(rows_of(w, k, i, K, C).to(tl.float32))
-        right = rows_of(w, k, j, K, C).to(tl.float32) * g3[:, None]
-        acc = dot_with_filters(left, right, acc, w.dtype.element_ty != tl.float32)
+        left = tl.trans(rows_of(w, k, i, K, C))
+        right = rows_of(w, k, j, K, C).to(tl.float32) * tl.load(g3 + k, mask=k < K, other=0.0)[:, None]
+        if TERMS == 3:
+            for _ in tl.static_range(3):
+                term = right.to(tl.bfloat16)
+                acc = tl.dot(left, term, acc)
+                right -= term.to(tl.float32)
+        else:
+            acc = dot_with_filters(left.to(tl.float32), right, acc, w.dtype.element_ty != tl.float32)
     tl.store(q + i[:, None] * C + j[None, :], acc, mask=(i < C)[:, None] & (j < C)[None, :])
 
 
@@ -236,10 +268,21 @@ def gram_columns(
     tl.store(v + j, (-tl.sum(total, 0) / tl.cast(count, tl.float64)).to(tl.float32), mask=j < C)
 
 
+def _side(size: int, largest: int) -> int:
+    """Side of a tile along a dimension of ``size``."""
+    return min(largest, max(16, next_power_of_two(size)))
+
+
 def _tile(w: torch.Tensor) -> dict[str, int]:
-    """Tile of the kernels that own rows of ``w``; the widest that does not spill."""
-    c = next_power_of_two(w.shape[1])
-    return {"BM": 16, "BN": min(256 // w.element_size(), max(16, c)), "BK": min(32, max(16, c))}
+    """Tile of ``w S``: each program centres and splits its part of S again, so tiles are large."""
+    k, c = w.shape
+    rows, depth = (32, 16) if w.element_size() == 4 else (128, 32)
+    return {"BM": _side(k, rows), "BN": _side(c, 64), "BK": _side(c, depth)}
+
+
+def _warps(tile: dict[str, int]) -> int:
+    """Warps for such a tile."""
+    return 8 if tile["BM"] * tile["BN"] > 4096 else 4
 
 
 def launch_gram_stats(
@@ -253,7 +296,7 @@ def launch_gram_stats(
     stats: torch.Tensor,
     doubtful: torch.Tensor | None = None,
 ) -> None:
-    """Launches :func:`gram_stats`: BN's statistics of ``h w^T`` without computing it.
+    """Launches :func:`gram_products` and :func:`gram_stats`: BN's statistics of ``h w^T`` without computing it.
 
     Args:
         w: ``[K, C]``, dtype of the activations.
@@ -269,11 +312,17 @@ def launch_gram_stats(
     k, c = w.shape
     if w.numel() == 0:
         return
-    count_launch("gram_stats")
     tile = _tile(w)
-    gram_stats[(cdiv(k, tile["BM"]),)](
-        w, s2, s1, gamma, beta, stats, doubtful, count, float(eps), ULPS * 2.0**-23 / DOUBTFUL, K=k, C=c,
-        **tile, num_warps=4,
+    blocks = cdiv(c, tile["BN"])
+    parts = torch.empty((blocks, 3, k), dtype=torch.float64, device=w.device)
+    count_launch("gram_products")
+    gram_products[(cdiv(k, tile["BM"]) * blocks,)](
+        w, s2, s1, parts, count, K=k, C=c, GUARD=doubtful is not None, **tile, num_warps=_warps(tile)
+    )
+    count_launch("gram_stats")
+    gram_stats[(cdiv(k, 128),)](
+        parts, gamma, beta, stats, doubtful, blocks, count, float(eps), ULPS * 2.0**-23 / DOUBTFUL, K=k, BM=128,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -315,14 +364,20 @@ def launch_gram_backward(
         return
     tile = _tile(w)
     q = torch.empty((c, c), dtype=torch.float32, device=w.device)
+    g3 = torch.empty(k, dtype=torch.float32, device=w.device)
     count_launch("gram_rows")
-    gram_rows[(cdiv(k, tile["BM"]),)](
-        w, g, sdz, s2, s1, stats, dw, dgamma, dbeta, wp, count, K=k, C=c, **tile, num_warps=4
+    gram_rows[(cdiv(k, 8),)](
+        w, g, sdz, s1, stats, dgamma, dbeta, g3, wp, count, K=k, C=c, BM=8, BN=_side(c, 256), num_warps=4
     )
-    side = 32 if c > 16 else 16
+    count_launch("gram_dw")
+    gram_dw[(cdiv(k, tile["BM"]) * cdiv(c, tile["BN"]),)](
+        w, g, sdz, s2, s1, stats, g3, dw, count, K=k, C=c, **tile, num_warps=_warps(tile)
+    )
+    bm, bn = _side(c, 32 if w.element_size() == 4 else 128), _side(c, 32)
+    terms = 3 if w.dtype == torch.bfloat16 else 2
     count_launch("gram_matrix")
-    gram_matrix[(cdiv(c, side) ** 2,)](
-        w, stats, dgamma, q, count, K=k, C=c, BC=side, BK=128 // w.element_size(), num_warps=4
+    gram_matrix[(cdiv(c, bm) * cdiv(c, bn),)](
+        w, g3, q, K=k, C=c, TERMS=terms, BM=bm, BN=bn, BK=128 // w.element_size(), num_warps=4
     )
     count_launch("gram_columns")
     gram_columns[(cdiv(c, 16),)](q, wp, sdz, s1, mm, rho, v, count, K=k, C=c, BC=16, BR=64, num_warps=4)

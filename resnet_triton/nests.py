@@ -197,28 +197,29 @@ def _gram_dgrad(a: Mapping[str, Any]) -> Nest:
     return Nest((square, long), a["WALKS"], _boxes(a) * cdiv(a["C"], a["BN"]))
 
 
-def _gram_stats(a: Mapping[str, Any]) -> Nest:
-    return _times_centred(a, 2 + (a["doubtful"] is not None))
+def _gram_products(a: Mapping[str, Any]) -> Nest:
+    return _times_centred(a, 2 + a["GUARD"])
 
 
-def _gram_rows(a: Mapping[str, Any]) -> Nest:
+def _gram_dw(a: Mapping[str, Any]) -> Nest:
     return _times_centred(a, 2)
 
 
 def _times_centred(a: Mapping[str, Any], products: int) -> Nest:
-    blocks, inner = cdiv(a["C"], a["BN"]), Loop(cdiv(a["C"], a["BK"]), products * a["BM"] * a["BN"] * a["BK"])
-    return Nest((inner if blocks == 1 else Loop(blocks, 0, (inner,)),), False, cdiv(a["K"], a["BM"]))
+    loop = Loop(cdiv(a["C"], a["BK"]), products * a["BM"] * a["BN"] * a["BK"])
+    return Nest((loop,), False, cdiv(a["K"], a["BM"]) * cdiv(a["C"], a["BN"]))
 
 
 def _gram_matrix(a: Mapping[str, Any]) -> Nest:
-    return Nest((Loop(cdiv(a["K"], a["BK"]), 2 * a["BC"] ** 2 * a["BK"]),), False, cdiv(a["C"], a["BC"]) ** 2)
+    loop = Loop(cdiv(a["K"], a["BK"]), a["TERMS"] * a["BM"] * a["BN"] * a["BK"])
+    return Nest((loop,), False, cdiv(a["C"], a["BM"]) * cdiv(a["C"], a["BN"]))
 
 
-#: Kernels of small matrices, whose products are two of TF32 each where the filters have 16 bits.
-SMALL_PRODUCTS = ("gram_stats", "gram_rows", "gram_matrix")
+#: Kernels of small matrices, whose products are several of TF32 or bf16 each where the filters have 16 bits.
+SMALL_PRODUCTS = ("gram_products", "gram_dw", "gram_matrix")
 _TRAINING = {
-    "gram_stats": _gram_stats,
-    "gram_rows": _gram_rows,
+    "gram_products": _gram_products,
+    "gram_dw": _gram_dw,
     "gram_matrix": _gram_matrix,
     "conv_stats": _conv_stats,
     "conv_stats_rolling": _conv_stats_rolling,

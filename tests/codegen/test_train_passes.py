@@ -10,7 +10,7 @@ from resnet_triton import codegen, sass
 from resnet_triton.kernels import gram_bn, train_passes
 from tests.codegen.test_stem_pool import meta
 
-GRAM = ("gram_stats", "gram_rows", "gram_matrix", "gram_columns")
+GRAM = ("gram_products", "gram_stats", "gram_rows", "gram_dw", "gram_matrix", "gram_columns")
 
 
 def programs(launcher) -> dict[str, tuple[codegen.Launch, codegen.Compiled]]:
@@ -46,9 +46,9 @@ def gram(k: int, c: int, dtype: torch.dtype, count: int) -> None:
 def test_gram(k: int, c: int, dtype: torch.dtype, count: int) -> None:
     found = programs(lambda: gram(k, c, dtype, count))
     assert tuple(found) == GRAM
-    for name in GRAM[:3]:
-        # two TF32 products stand for an exact one, but not of fp32 weights; the estimate is always of TF32
-        expected = dtype != torch.float32 or name == "gram_stats"
+    for name in ("gram_products", "gram_dw", "gram_matrix"):
+        # two or three products stand for an exact one, but not of fp32 weights; the estimate is always of bf16
+        expected = dtype != torch.float32 or name == "gram_products"
         assert (found[name][1].listing.count(sass.TENSOR_CORE) > 0) == expected, name
 
 

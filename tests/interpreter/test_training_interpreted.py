@@ -17,7 +17,9 @@ from tests.comparers import GRADIENT, identical, no_worse_than
 MEMORY = ("gram", "stored")
 FORWARD_KERNELS = {"conv_stats", "finalise"}
 BACKWARD_KERNELS = {"bn_gradients", "bn_backward", "dgrad", "wgrad", "sum_parts"}
-GRAM_KERNELS = {"gram_stats", "expand", "gram_rows", "gram_matrix", "gram_columns", "gram_dgrad"}
+GRAM_KERNELS = {
+    "gram_products", "gram_stats", "expand", "gram_rows", "gram_dw", "gram_matrix", "gram_columns", "gram_dgrad",
+}  # fmt: skip
 STORED_KERNELS = {"bn_apply", "masked_sums"}
 STEM_KERNELS = {"space_to_depth", "pack_stem_weight", "bn_relu_pool", "bn_relu_pool_backward", "unpack_stem_wgrad"}
 
