@@ -4,7 +4,8 @@ A step is one graph: convolution and what stands before and behind it, NHWC, wit
 operations. cuDNN decides whether it has a kernel for the whole graph, and its heuristics choose that kernel; a step is
 never split. What cuDNN refuses is a row that says so.
 
-The graphs were built for an H200 without a device (`tests/test_cudnn_graphs.py`). They were never run.
+The graphs were built for an H200 without a device (`tests/test_cudnn_graphs.py`), with version 1.32 of the frontend and
+9.19 of cuDNN. They were never run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PROVIDER = "cuDNN fused"
 ABSENT = "not installed: pip install nvidia-cudnn-frontend"
 REFUSED = "not supported by cuDNN"
 EVERY_STEP = "every step"  # that a machine without it has not
+#: Steps whose prologues cuDNN takes with vectors in the dtype of the tensors; cuDNN 9.19 has them in float16 only.
+NARROW = ("conv_stats", "wgrad")
 Run = Callable[[], tuple[Tensor, ...]]
 Target = Mapping[str, Any]
 
@@ -271,7 +274,7 @@ class TrainingStep:
     def bind(self, o: Mapping[str, Tensor]) -> Run:
         """A run on one set of the operands of :class:`resnet_triton.training.measure.TrainProblem`."""
         found = {name: t.contiguous(memory_format=torch.channels_last) for name, t in o.items() if t.dim() == 4}
-        narrow = self.graph.dtype if self.work.step in ("conv_stats", "wgrad") else torch.float32
+        narrow = self.graph.dtype if self.work.step in NARROW else torch.float32
         for name, dtype in (("stats", narrow), ("out_stats", torch.float32)):
             found |= _affine(name, o[name], dtype) if name in o else {}
         for i, row in enumerate(o.get("g", ())):
@@ -295,16 +298,13 @@ class TrainingStep:
 
 
 def _lazy(g: Graph, work: Work) -> Any:
-    """The input of a forward convolution, normalised as it is loaded if the step says so.
-
-    cuDNN's kernels with such a prologue take its vectors in the dtype of the tensors.
-    """
+    """The input of a forward convolution, normalised as it is loaded if the step says so."""
     s = work.shape
     assert s is not None
     x = g.input("x", s.n, s.c, s.h, s.w)
     if not work.prologue and work.step != "expand":
         return x
-    return g.add("relu", input=g.affine(x, "stats", s.c, torch.float32 if work.step == "expand" else g.dtype))
+    return g.add("relu", input=g.affine(x, "stats", s.c, g.dtype if work.step in NARROW else torch.float32))
 
 
 def _raw(g: Graph, work: Work) -> Any:

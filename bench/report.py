@@ -33,6 +33,7 @@ from resnet_triton.tables import (
 
 from . import RESULTS, plots
 from .bounds import bounds
+from .cudnn_graphs import PROVIDER
 
 LAYERS, MODELS = "single steps", "throughput and accuracy"
 TRAINING, TRAINING_LAYERS = "training", "single steps of training"
@@ -83,6 +84,8 @@ TRAIN_LEGEND = (
     "kept: by autograd between forward and backward, parameters not counted"
 )
 
+FUSED_LEGEND = f"{PROVIDER}: the whole step as one graph of cuDNN's, whose kernel its heuristics choose"
+
 
 def merged(rows: Sequence[Row]) -> list[Row]:
     """The rows, with neighbours that are unmeasured for the same reason and have no prediction on one line."""
@@ -124,9 +127,14 @@ def terminal(rows: Sequence[Row], env: dict[str, Any]) -> list[str]:
         lines += ["", title, "", *plain(table)]
     lines += ["", f"{LEGEND}; {ACCURACY_LEGEND}"]
     lines += [TRAIN_LEGEND] if _trains(rows) else []
+    lines += [FUSED_LEGEND] if _has_fused(rows) else []
     if any(row.predicted_step_time is not None for row in rows):
         lines.append(PREDICTION)
     return [*lines, conditions(env), *filter(None, [busy(rows)])]
+
+
+def _has_fused(rows: Sequence[Row]) -> bool:
+    return any(row.provider == PROVIDER for row in rows)
 
 
 def _trains(rows: Sequence[Row]) -> bool:
@@ -146,6 +154,8 @@ def page(results: Results) -> str:
     ]
     if any(_trains(rows) for rows, _ in results):
         lines += ["", f"{TRAIN_LEGEND[0].upper()}{TRAIN_LEGEND[1:]}."]
+    if any(_has_fused(rows) for rows, _ in results):
+        lines += ["", f"{FUSED_LEGEND}."]
     for rows, env in results:
         lines += ["", f"## {env['device']}", "", conditions(env) + "."]
         lines += ["", f"**{warning}**"] if (warning := busy(rows)) else []

@@ -234,7 +234,8 @@ def measured_rows(work: Work, config: ConvConfig, device: str, target: Target) -
     """Checked and timed rows of one step, ours first; in float16 too where that is what cuDNN has a graph for."""
     timed = measure(work, config)
     rows = rows_of(work, config, device, target, timed)
-    if timed.fused is not None and timed.fused.status.startswith(cudnn_graphs.REFUSED):
+    refused = timed.fused is not None and timed.fused.status.startswith(cudnn_graphs.REFUSED)
+    if refused and work.step in cudnn_graphs.NARROW:
         with contextlib.suppress(NotSupported):
             cudnn_graphs.TrainingStep(work, torch.float16, cudnn_graphs.this_gpu())
             rows += rows_of(work, config, device, target, measure(work, config, torch.float16), "float16")

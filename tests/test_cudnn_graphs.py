@@ -225,6 +225,19 @@ def test_a_unit_of_inference(epilogue, stand_in):
         layers.fused_call(layer, (x.contiguous(), w, *bn), BF16)
 
 
+def test_a_unit_that_does_not_run_costs_its_row_only(stand_in, monkeypatch):
+    layer = layers.conv_layer("a", S3, BN_RELU)
+    tensors = [t.to(BF16) for t in layer.tensors()]
+    call = layers._fused(layer, tensors, BF16)
+    assert callable(call) and not call()[0].isnan().any()
+    stand_in.refused = ("relu",)
+    assert layers._fused(layer, tensors, BF16) == "not supported by cuDNN 9.19.0 in bfloat16"
+    stand_in.refused = ()
+    monkeypatch.setattr(stand_in, "execute", lambda *_, **__: 1 / 0)
+    assert layers._fused(layer, tensors, BF16) == "failed: ZeroDivisionError: division by zero"
+    assert training_layers.fused_peer(problem_of(WORKS[0], BF16)).status.startswith("failed: ZeroDivisionError")
+
+
 def test_what_cudnn_refuses_is_said(stand_in):
     stand_in.refused = ("relu_backward",)
     assert training_layers.fused_peer(problem_of(WORKS[4], BF16)).status == "not supported by cuDNN 9.19.0 in bfloat16"

@@ -47,7 +47,9 @@ class Suite:
         self.checks = self._journal(*kernels, *checked)
         measuring = [package / name for name in ("tuner.py", "measure.py", "training/measure.py")]
         self.tuning = self._journal(*kernels, *measuring)
-        self.training = self._journal(*kernels, *checked, *(ROOT / "bench").glob("training*.py"))
+        self.training = self._journal(
+            *kernels, *checked, *(ROOT / "bench").glob("training*.py"), ROOT / "bench" / "cudnn_graphs.py"
+        )
         for record in self.checks.open():  # of a call that was killed
             self.checks.finish(record["key"], INTERRUPTED)
 
