@@ -177,16 +177,8 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
         for m in before:
             shortcut = m(shortcut)
         if norms:
-            # what goes back to a block from the next one is already zero where that block's ReLU was
-            masks, masked = i > 0 and _masks(blocks[i]), not last and _masks(blocks[i + 1])
-            units = [first, *rest] if project is None else [first, *rest, project]
-            with_project = project is not None
-            masks = masks and len(blocks[i - 1].norms) > 0
-            upcoming = (blocks[i + 1].first, blocks[i + 1].norms[0]) if masked else None
-            x, ahead = run_training_block(
-                x, shortcut, units, norms, with_project, masked_grad=masked, mask_input=masks, ahead=ahead,
-                following=upcoming,
-            )  # fmt: skip
+            before_it, after_it = blocks[i - 1] if i > 0 else None, None if last else blocks[i + 1]
+            x, ahead = _train_block(before_it, blocks[i], after_it, x, shortcut, ahead)
             continue
         if not residual:
             for u in (first, *rest):
@@ -205,6 +197,24 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
         else:
             x, t = functional.block_tail(_apply(x, first) if t is None else t, shortcut, *rest, **then)
     return x
+
+
+def _train_block(
+    previous: Block | None, block: Block, following: Block | None, x: Tensor, shortcut: Any, ahead: Any
+) -> tuple[Tensor, Any]:
+    """A block with batch statistics: its output, and what it computes of the following one, for ``ahead``.
+
+    What goes back to a block from the next one is already zero where that block's ReLU was.
+    """
+    units = [block.first, *block.rest]
+    if block.project is not None:
+        units.append(block.project)
+    masked = following is not None and _masks(following)
+    upcoming = (following.first, following.norms[0]) if following is not None and masked else None
+    return run_training_block(
+        x, shortcut, units, block.norms, block.project is not None, masked_grad=masked,
+        mask_input=previous is not None and len(previous.norms) > 0 and _masks(block), ahead=ahead, following=upcoming,
+    )  # fmt: skip
 
 
 def _masks(block: Block) -> bool:

@@ -79,6 +79,11 @@ def samples(grad: bool) -> dict[str, tuple[str, tuple[Any, ...]]]:
     }
     if not grad:
         pixels = torch.randint(0, 256, (2, 3, 16, 15), dtype=torch.uint8)
+        samples["bn, relu"] = ("bn_relu", (x, *vectors(8), 1e-5))
+        samples["bn, relu, conv"] = (
+            "bn_relu_conv",
+            (x, *vectors(8), 1e-5, leaf(12, 8, 1, 1), None, *vectors(12), 1e-5, True, 1, 0, 1),
+        )
         samples["stem of bytes"] = ("stem", (pixels, leaf(4, 3, 7, 7), *[None] * 7, 1e-5, True))
         conv2, conv3, down, after = unit(8, 8, 3), unit(16, 8), unit(16, 8), unit(4, 16)
         t = torch.randn(2, 8, 6, 5)
