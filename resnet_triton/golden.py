@@ -54,7 +54,7 @@ def heavy_loop(case: Case, metrics: Metrics) -> str | None:
     if not metrics.loops or max(loop.pressure for loop in metrics.loops) <= LOOP_GOAL:
         return None
     if case.small_products:
-        return "small matrices, once a layer, which few programs fetch, centre and split for TF32"
+        return "small matrices, once a layer, which each program fetches, centres and splits for tensor cores"
     assert case.config is not None
     given = arguments(case.launch)
     if not case.tensor_cores:
