@@ -113,7 +113,7 @@ def test_worker_that_cannot_start_is_reported(tmp_path) -> None:
     assert "no_such_module" in journal.finished["a"]["detail"]
 
 
-def test_dry_run_end_to_end(tmp_path) -> None:
+def test_dry_run_end_to_end(tmp_path, capsys) -> None:
     arguments = ("--dry-run", "--minutes", "2", "--out", tmp_path, "--steps", "environment,limits,check,tune")
     done = suite(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -136,8 +136,9 @@ def test_dry_run_end_to_end(tmp_path) -> None:
     # the table comes last
     assert done.stdout.strip().splitlines()[-1].startswith("tune")
     count = started(tmp_path)
-    again = suite(*arguments)
-    assert again.returncode == 0 and f"{len(lines)} ok of {len(lines)}" in again.stdout
+    capsys.readouterr()
+    assert gpu_suite.main([str(argument) for argument in arguments]) == 0
+    assert f"{len(lines)} ok of {len(lines)}" in capsys.readouterr().out
     unchanged = json.loads((tmp_path / "summary.json").read_text())["code"] == summary["code"]
     assert started(tmp_path) == count or not unchanged, "finished rows are run again only if their code was edited"
 
@@ -145,9 +146,9 @@ def test_dry_run_end_to_end(tmp_path) -> None:
 def test_whole_call_keeps_its_time(tmp_path) -> None:
     (tmp_path / "layers.csv").write_text("of an earlier call")
     begun = time.monotonic()
-    done = suite("--dry-run", "--minutes", "0.05", "--out", tmp_path, "--steps", "check,tune", "--fresh")
+    out = str(tmp_path)
+    assert gpu_suite.main(["--dry-run", "--minutes", "0.05", "--out", out, "--steps", "check,tune", "--fresh"]) == 0
     assert time.monotonic() - begun < 25
-    assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "layers.csv").exists()
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "no time" in {step["state"] for step in summary["steps"]}
@@ -264,9 +265,8 @@ def test_training_of_a_real_visit() -> None:
 
 def test_training_dry_run(tmp_path) -> None:
     """The train step alone: checks in the interpreter, a network on the CPU, results that the report reads."""
-    arguments = ("--dry-run", "--minutes", "5", "--out", tmp_path / "run", "--steps", "environment,train")
-    done = suite(*arguments, timeout=290)
-    assert done.returncode == 0, done.stdout + done.stderr
+    out = str(tmp_path / "run")
+    assert gpu_suite.main(["--dry-run", "--minutes", "5", "--out", out, "--steps", "environment,train"]) == 0
     with (tmp_path / "run/check.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == len(training.dry_rows()) and {line["status"] for line in lines} == {"ok"}

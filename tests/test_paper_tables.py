@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -48,12 +49,11 @@ ROUNDED = {
     ("resnet34", "C"): (3_831, 1e6),
     ("resnet50", "C"): (6_555, 1e6),
     ("preact_cifar_resnet164", ""): (2_445, 1e5),
-    ("preact_cifar_resnet1001", ""): (14_878, 1e5),
 }
 
 
 def check(build: Callable[[], nn.Module], size: int, learned: int, products: int | None) -> int:
-    with torch.device("meta"):
+    with torch.device("meta"), patch("torch.Tensor.normal_", lambda self, *_, **__: self):  # there is nothing to draw
         model = build()
     assert parameters(model) == learned
     found = multiply_adds(model, (1, 3, size, size))
@@ -76,10 +76,9 @@ def test_cifar(depth: int, learned: int, products: int) -> None:
         check(lambda name=name: build_by_name(name), 32, learned, products)
 
 
-@pytest.mark.parametrize(
-    ("depth", "learned", "products"), [(110, 1_727_962, 252_887_680), (164, 1_703_258, None), (1001, 10_327_706, None)]
-)
+@pytest.mark.parametrize(("depth", "learned", "products"), [(110, 1_727_962, 252_887_680), (164, 1_703_258, None)])
 def test_preactivation(depth: int, learned: int, products: int | None) -> None:
+    """1001 layers are in ``test_preact.py``, to the digit."""
     found = check(lambda: build_by_name(f"preact_cifar_resnet{depth}"), 32, learned, products)
     if products is None:
         value, unit = ROUNDED[f"preact_cifar_resnet{depth}", ""]
