@@ -18,7 +18,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -55,8 +54,6 @@ _NAMES = {
     "constant_pad_nd": "pad",
     "copy_": "copy",
 }
-# What a model that needs values, not only shapes, raises on shape-only tensors.
-_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 # Neither read nor write an activation.
 _FREE = {"detach", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "set_"}
 
@@ -268,6 +265,13 @@ def _tensors(values: object) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
+def _needs_values() -> tuple[type[Exception], ...]:
+    """What is raised where shapes depend on values; asked for late, because symbolic shapes take a second to import."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
 def reasons_not_fused(model: nn.Module) -> dict[str, str]:
     """Why what is known but does not run fused does not, by module name."""
     reasons: dict[str, str | None] = {}
@@ -407,7 +411,7 @@ def _trace(
             with tracer, planning_for_cuda(target.is_cuda), _named(model, tracer):
                 torch.func.functional_call(model, fakes, (x,))
                 tracer.go_back()
-        except _NEEDS_VALUES as error:
+        except _needs_values() as error:
             raise ValueError(
                 f"explain cannot follow {type(model).__name__}: its shapes depend on values ({error}). "
                 f"Explain the part that holds the blocks: explain(model.{_converted_child(model)}, (N, C, H, W))"
