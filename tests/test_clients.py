@@ -253,7 +253,8 @@ HF = {
         {"layer_type": "basic", "hidden_sizes": [16, 32, 64, 128]},
         {"stem": 1, "conv_bn_act": 5, "block_tail": 5},
     ),
-    "v1": ({"downsample_in_bottleneck": True}, {"stem": 1, "conv_bn_act": 1, "block_tail": 5}),
+    # between two stages every second pixel is stored, from which both strided 1x1s read
+    "v1": ({"downsample_in_bottleneck": True}, {"stem": 1, "conv_bn_act": 4, "block_tail": 5}),
     "gelu": ({"hidden_act": "gelu"}, {"aten": 1, "conv_bn_act": 5 * 3 + 4}),
 }
 
