@@ -236,6 +236,9 @@ def draw(figure: Any, tables: Tables) -> None:
     for axes, (_, _, across, _, up) in zip(panels, columns, strict=True):
         axes.set_xscale("log")
         axes.set_yscale("log")
+        if across == "layers":  # less than two decades, whose minor ticks have labels of their own
+            axes.set_xticks([20, 50, 100, 200], ["20", "50", "100", "200"])
+            axes.set_xticks([], minor=True)
         axes.set_xlabel(across)
         axes.set_ylabel(up)
         axes.grid(alpha=0.3)
