@@ -141,7 +141,7 @@ def caffe_resnet(depth: int, weights: Any = None, **kwargs: Any) -> ResNet:
         OSError: for a file that cannot be read.
     """
     from .models import Bottleneck, ResNet
-    from .models.builders import _finish
+    from .models.builders import finish
 
     if depth not in STAGES:
         caffe_names(depth)
@@ -155,7 +155,7 @@ def caffe_resnet(depth: int, weights: Any = None, **kwargs: Any) -> ResNet:
         weights = state
     v1 = {"stride_in_1x1": True, "caffe_pool": True, "conv1_bias": depth == 50}
     model = ResNet(Bottleneck, STAGES[depth], **{**v1, **kwargs})
-    return _finish(model, weights)
+    return finish(model, weights)
 
 
 class _Damaged(ValueError):

@@ -86,10 +86,10 @@ def conv_bn_act(
     Returns:
         ``[N, K, P, Q]`` in the dtype of ``x``.
     """
-    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    x, weight, bias, residual = cast_for_autocast(x, weight, bias, residual)
     _check_constant(mean, var)
     tensors = (x, weight, bias, gamma, beta, mean, var, residual, slope)
-    function = autograd.ConvBNAct.apply if _differentiating(tensors) else ops.conv_bn_act.default
+    function = autograd.ConvBNAct.apply if differentiating(tensors) else ops.conv_bn_act.default
     *operands, slope = distinct(tensors)
     if slope is None:
         return function(*operands, eps, relu, stride, padding, dilation)
@@ -128,7 +128,7 @@ def block_tail(
     if next is not None and _learns_alone(next, (t, shortcut, *chain(*groups[:3]))):
         y, _ = block_tail(t, shortcut, conv2, conv3, downsample=downsample)
         return y[:, :, ::subsample, ::subsample], _behind(y, next)
-    if _differentiating((t, shortcut, *chain(*groups))):  # the backward needs all of y
+    if differentiating((t, shortcut, *chain(*groups))):  # the backward needs all of y
         first, second, *rest = distinct((t, shortcut, *chain(*groups)))
         y, *after = autograd.BlockTail.apply(first, second, [len(g) for g in groups], eps, geometry, *rest)
         y = y[:, :, ::subsample, ::subsample] if subsample > 1 else y
@@ -141,7 +141,7 @@ def block_tail(
 def bottleneck(x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, *, downsample: ConvBN | None = None) -> Tensor:
     """A whole bottleneck block, ``[N, C, H, W] -> [N, K, P, Q]``; the backward keeps only its input and output."""
     x, _, groups, eps, geometry = _operands(x, x, (conv1, conv2, conv3, downsample))
-    if _differentiating((x, *chain(*groups))):
+    if differentiating((x, *chain(*groups))):
         first, *rest = distinct((x, *chain(*groups)))
         return autograd.Bottleneck.apply(first, [len(g) for g in groups], eps, geometry, *rest)
     return ops.bottleneck.default(x, *groups, [], eps, geometry)[0]
@@ -166,7 +166,7 @@ def block_and_next(
         next, subsample, pool: as in :func:`block_tail`.
     """
     units = (conv1, conv2, conv3, downsample, next)
-    if _differentiating((x, *chain(*(unit.tensors for unit in units if unit is not None)))):
+    if differentiating((x, *chain(*(unit.tensors for unit in units if unit is not None)))):
         return block_tail(
             _behind(x, conv1), x, conv2, conv3, downsample=downsample, next=next, subsample=subsample, pool=pool
         )
@@ -177,7 +177,7 @@ def block_and_next(
 
 def _learns_alone(next: ConvBN, others: Sequence[Tensor | None]) -> bool:
     """Whether a frozen block is before one that learns: as one operator, its inputs would be kept for no backward."""
-    return _differentiating(next.tensors) and not _differentiating(others)
+    return differentiating(next.tensors) and not differentiating(others)
 
 
 def _tensors(units: Sequence[ConvBN | None]) -> list[Tensor | None]:
@@ -217,9 +217,9 @@ def stem(
     if layout == "NHWC":
         x = x.permute(0, 3, 1, 2)
     if x.dtype == torch.uint8:
-        weight, bias = _autocast(weight, bias)
+        weight, bias = cast_for_autocast(weight, bias)
     else:
-        x, weight, bias = _autocast(x, weight, bias)
+        x, weight, bias = cast_for_autocast(x, weight, bias)
     _check_constant(mean, var)
     norm_mean = norm_std = None
     if normalize is not None:
@@ -227,15 +227,15 @@ def stem(
         if norm_mean.shape != (3,) or norm_std.shape != (3,):
             raise ValueError(f"normalize must be (mean, std) of three values each, got {normalize!r}")
     tensors = (x, weight, bias, gamma, beta, mean, var, norm_mean, norm_std)
-    function = autograd.Stem.apply if _differentiating(tensors) else ops.stem.default
+    function = autograd.Stem.apply if differentiating(tensors) else ops.stem.default
     return function(*tensors, eps, pool)
 
 
 def head(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Global average pool, then the fully connected layer: ``[N, C, H, W], [K, C] -> [N, K]``. Deterministic."""
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     tensors = (x, weight, bias)
-    return (autograd.Head.apply if _differentiating(tensors) else ops.head.default)(*tensors)
+    return (autograd.Head.apply if differentiating(tensors) else ops.head.default)(*tensors)
 
 
 def fold_bn(
@@ -250,15 +250,16 @@ def fold_bn(
     """Weight and bias ``[K]`` (dtype of ``weight``) of the one convolution that equals convolution then BN."""
     _check_constant(mean, var)
     tensors = (weight, bias, gamma, beta, mean, var)
-    return (autograd.FoldBN.apply if _differentiating(tensors) else ops.fold_bn.default)(*tensors, eps)
+    return (autograd.FoldBN.apply if differentiating(tensors) else ops.fold_bn.default)(*tensors, eps)
 
 
 def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """``relu(x + y)`` of two tensors of equal shape and dtype in one pass."""
-    return (autograd.AddReLU.apply if _differentiating((x, y)) else ops.add_relu.default)(*distinct((x, y)))
+    return (autograd.AddReLU.apply if differentiating((x, y)) else ops.add_relu.default)(*distinct((x, y)))
 
 
-def _differentiating(tensors: Sequence[Tensor | None]) -> bool:
+def differentiating(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is computed from these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -273,7 +274,7 @@ def distinct(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     return distinct
 
 
-def _autocast(first: Tensor, *others: Tensor | None) -> tuple:
+def cast_for_autocast(first: Tensor, *others: Tensor | None) -> tuple:
     """All arguments in autocast's dtype where it is on for the device and they are fp32, fp16 or bf16."""
     dtype = autocast_dtype(first)
     return (first, *others) if dtype is None else tuple(_cast(t, dtype) for t in (first, *others))

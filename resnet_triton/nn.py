@@ -68,7 +68,7 @@ def unit(conv: Converted, norm: Converted) -> ConvBN:
     )
 
 
-def _apply(
+def apply_unit(
     x: Tensor, u: ConvBN, relu: bool = True, residual: Tensor | None = None, slope: Tensor | None = None
 ) -> Tensor:
     return functional.conv_bn_act(
@@ -100,7 +100,7 @@ def apply_modules(
     if uses_batch_statistics(norm):
         y = run_training_block(x, residual, [u], [norm], relu=relu)[0]
         return y if slope is None else act(y)
-    return _apply(x, u, relu, residual, slope)
+    return apply_unit(x, u, relu, residual, slope)
 
 
 # Blocks
@@ -182,7 +182,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
             continue
         if not residual:
             for u in (first, *rest):
-                x = _apply(x, u)
+                x = apply_unit(x, u)
             continue
         if project is not None and step > 1:
             first, project = first._replace(stride=1), project._replace(stride=1)
@@ -195,7 +195,7 @@ def run_blocks(blocks: Sequence[Block], x: Tensor, pool: bool = False) -> Tensor
         if t is None and len(rest) == 2 and len(before) == 0:
             x, t = functional.block_and_next(x, first, *rest, **then)
         else:
-            x, t = functional.block_tail(_apply(x, first) if t is None else t, shortcut, *rest, **then)
+            x, t = functional.block_tail(apply_unit(x, first) if t is None else t, shortcut, *rest, **then)
     return x
 
 

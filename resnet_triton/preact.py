@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import preact_ops as _preact_ops  # noqa: F401  (defines the operators)
-from .functional import ConvBN, _autocast, _differentiating, head
-from .nn import _apply, apply_modules, run_stem, run_training_block, unit
+from .functional import ConvBN, cast_for_autocast, differentiating, head
+from .nn import apply_modules, apply_unit, run_stem, run_training_block, unit
 from .snapshot import Remembered
 from .structure import (
     NO_NORM,
@@ -118,19 +118,19 @@ def _run_constant(block: PreActBlock, x: Tensor) -> Tensor:
     first, *between, last = block.units
     shortcut = x
     if block.lead is None:
-        t = _apply(x, first)
+        t = apply_unit(x, first)
     elif block.shared:
         shortcut = bn_relu(x, block.lead)
-        t = _apply(shortcut, first)
+        t = apply_unit(shortcut, first)
     else:
         t = _bn_relu_conv(x, block.lead, first)
     if block.project is not None:
-        shortcut = _apply(shortcut, block.project, relu=False)
+        shortcut = apply_unit(shortcut, block.project, relu=False)
     elif block.shortcut is not None:
         shortcut = block.shortcut(shortcut)
     for u in between:
-        t = _apply(t, u)
-    return _apply(t, last, relu=False, residual=shortcut)
+        t = apply_unit(t, u)
+    return apply_unit(t, last, relu=False, residual=shortcut)
 
 
 def _run_training(
@@ -155,9 +155,9 @@ def bn_relu(x: Tensor, norm: Converted, known: Tensor | None = None) -> Tensor:
     """
     if uses_batch_statistics(norm):
         return run_training_preact(x, norm, known=known)[0]
-    (x,) = _autocast(x)
+    (x,) = cast_for_autocast(x)
     gamma, beta, mean, var = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    if _differentiating((x, gamma, beta)):
+    if differentiating((x, gamma, beta)):
         return F.relu(F.batch_norm(x, mean, var, gamma, beta, False, 0.0, eps_of(norm)))
     return ops.bn_relu.default(x, gamma, beta, mean, var, eps_of(norm))
 
@@ -165,9 +165,9 @@ def bn_relu(x: Tensor, norm: Converted, known: Tensor | None = None) -> Tensor:
 def _bn_relu_conv(x: Tensor, norm: Converted, u: ConvBN) -> Tensor:
     """A convolution behind BN and ReLU, with the BN and ReLU behind it; all statistics are constant."""
     lead = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    if _differentiating((x, *lead[:2], *u.tensors)):
-        return _apply(bn_relu(x, norm), u)
-    x, weight, bias = _autocast(x, u.weight, u.bias)
+    if differentiating((x, *lead[:2], *u.tensors)):
+        return apply_unit(bn_relu(x, norm), u)
+    x, weight, bias = cast_for_autocast(x, u.weight, u.bias)
     return ops.bn_relu_conv.default(
         x, *lead, eps_of(norm), weight, bias, *u.vectors[1:], u.eps, True, u.stride, u.padding, u.dilation
     )

@@ -29,7 +29,7 @@ from .convert import unconvert
 from .fold import fold
 from .models import CifarResNet, build_by_name
 from .models.names import builders, is_known, takes, with_arguments
-from .weights import _is_name, load_weights
+from .weights import is_name, load_weights
 
 #: Metadata keys of a ``.safetensors`` file that holds the state_dict of a folded model: the model's name, and the
 #: arguments of its builder, for nothing in a folded state_dict says how the shortcuts are padded.
@@ -93,7 +93,7 @@ def _own(name: str, weights: str | None, arguments: dict[str, Any]) -> nn.Module
         arguments = {
             key: value for key, value in stored.items() if takes(name, key) or takes(name, "kwargs")
         } | arguments
-    elif weights is not None and not _is_name(weights) and takes(name, "in_channels"):
+    elif weights is not None and not is_name(weights) and takes(name, "in_channels"):
         # A CIFAR network: how it is built depends on the file.
         return _finish(build_by_name(name, weights=weights, **arguments), None)
     return _finish(build_by_name(name, **arguments), weights)
@@ -160,7 +160,7 @@ def _torchvision(name: str, weights: str | None) -> nn.Module:
         raise ValueError(f"torchvision has no model {name!r}{_did_you_mean(close)}")
     # A detector's own default would download its backbone.
     options = {"weights_backbone": None} if _takes(get_model_builder(name), "weights_backbone") else {}
-    if weights is None or not _is_name(weights):
+    if weights is None or not is_name(weights):
         return _finish(get_model(name, weights=None, **options), weights)
     members = get_model_weights(name).__members__
     member = members.get(weights.rpartition(".")[2])

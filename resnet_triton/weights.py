@@ -160,7 +160,7 @@ def named_weights(enum: str | None, weights: Any) -> Any | None:
     """
     if weights is None or isinstance(weights, Mapping | os.PathLike):
         return None
-    if isinstance(weights, str) and not _is_name(weights):
+    if isinstance(weights, str) and not is_name(weights):
         return None
     if not isinstance(weights, str | Enum):
         raise _NamedWeightsError(
@@ -197,7 +197,7 @@ def named_weights(enum: str | None, weights: Any) -> Any | None:
     return members[name]
 
 
-def _is_name(text: str) -> bool:
+def is_name(text: str) -> bool:
     """Whether a string is meant as a name: it has no folder and no extension, and no such file exists."""
     return re.fullmatch(r"(\w+Weights\.)?\w+", text) is not None and not Path(text).exists()
 

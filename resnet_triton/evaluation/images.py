@@ -71,7 +71,7 @@ def _folder(root: Path) -> Labelled:
     place = next((root / name for name in ("val", "test") if (root / name).is_dir()), root)
     if place is root and (root / "train").is_dir():
         raise FileNotFoundError(f"--data 'imagefolder:{root}' has no folder val or test beside train to evaluate on")
-    images = ImageFolder(str(place), loader=data._decoded)
+    images = ImageFolder(str(place), loader=data.decoded)
     source = f"the {len(images)} images in {len(images.classes)} folders of {place}"
     return Labelled(images, tuple(images.classes), True, IMAGENET, source)
 

@@ -132,7 +132,7 @@ def cifar_resnet(
         network = cifar_arguments(inspect(weights), depth, num_classes, in_channels, shortcut)
         num_classes, in_channels, shortcut = network.num_classes, network.in_channels, network.shortcut
     classes, channels = (10 if num_classes is None else num_classes), (3 if in_channels is None else in_channels)
-    return _finish(CifarResNet(depth, classes, channels, shortcut=shortcut or "A"), weights)
+    return finish(CifarResNet(depth, classes, channels, shortcut=shortcut or "A"), weights)
 
 
 def cifar_plain(
@@ -173,10 +173,10 @@ def _resnet(
                 f"instead: weights={named!r} has {classes} classes. Leave num_classes out, and replace "
                 "model.fc afterwards."
             )
-    return _finish(ResNet(block, layers, **kwargs), weights, progress)
+    return finish(ResNet(block, layers, **kwargs), weights, progress)
 
 
-def _finish(model: Any, weights: Weights, progress: bool = True) -> Any:
+def finish(model: Any, weights: Weights, progress: bool = True) -> Any:
     from ..convert import convert
     from ..weights import load_weights
 

@@ -310,10 +310,10 @@ def preact_resnet(depth: int, *, weights: Any = None, progress: bool = True, **k
     """
     if depth not in LAYERS:
         raise ValueError(f"depth must be one of {', '.join(map(str, LAYERS))}, got {depth!r}")
-    from .builders import _finish
+    from .builders import finish
 
     block, layers = LAYERS[depth]
-    return _finish(PreActResNet(block, layers, **kwargs), weights, progress)
+    return finish(PreActResNet(block, layers, **kwargs), weights, progress)
 
 
 def preact_resnet200(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> PreActResNet:
@@ -339,6 +339,6 @@ def preact_cifar_resnet(
         ValueError: for another depth.
         ValueError, FileNotFoundError: for ``weights`` that cannot be loaded, see :mod:`resnet_triton.weights`.
     """
-    from .builders import _finish
+    from .builders import finish
 
-    return _finish(PreActCifarResNet(depth, num_classes, in_channels, bottleneck=bottleneck), weights)
+    return finish(PreActCifarResNet(depth, num_classes, in_channels, bottleneck=bottleneck), weights)

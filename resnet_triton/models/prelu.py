@@ -104,6 +104,6 @@ def prelu_net(model: str = "C", num_classes: int = 1000, *, weights: Any = None,
         ValueError: for another ``model``.
         ValueError, FileNotFoundError: for ``weights`` that cannot be loaded, see :mod:`resnet_triton.weights`.
     """
-    from .builders import _finish
+    from .builders import finish
 
-    return _finish(PReLUNet(model, num_classes, **kwargs), weights)
+    return finish(PReLUNet(model, num_classes, **kwargs), weights)

@@ -461,7 +461,7 @@ class _Files:
         return _batch(images, (MEAN, STD), self.uint8), torch.from_numpy(self.labels[indices])
 
     def _image(self, epoch: int | None, index: int) -> Tensor:
-        image = _decoded(os.fsdecode(self.paths[index]))
+        image = decoded(os.fsdecode(self.paths[index]))
         if epoch is None:
             return self.centred(image)
         if self.augmented is None:
@@ -479,7 +479,7 @@ class UnreadableImage(ValueError):
         super().__init__(text.strip().splitlines()[-1].removeprefix(f"{__name__}.UnreadableImage: "))
 
 
-def _decoded(path: str) -> Any:
+def decoded(path: str) -> Any:
     from PIL import Image
 
     try:

@@ -166,7 +166,7 @@ def forward(
     added = x if form.own_shortcut else shortcut
     h, raws, stats = Lazy(x), [], []
     for i, u in enumerate(units[: len(units) - form.gram]):
-        c, its = ahead if i == 0 and ahead is not None else _unit(h, u, form.group)
+        c, its = ahead if i == 0 and ahead is not None else unit_forward(h, u, form.group)
         raws.append(c)
         stats.append(its)
         h = Lazy(c, its)
@@ -174,10 +174,10 @@ def forward(
         raw_project = stats_project = None
         if project is not None:
             assert added is not None
-            raw_project, stats_project = _unit(Lazy(added), project, form.group)
+            raw_project, stats_project = unit_forward(Lazy(added), project, form.group)
             added = raw_project
         y = steps.bn_apply(raws[-1], stats[-1], added, stats_project, form.relu)
-        then = None if following is None else Ahead(*_unit(Lazy(y), following, form.group))
+        then = None if following is None else Ahead(*unit_forward(Lazy(y), following, form.group))
         return Saved(y, raws, raw_project, [], stats, stats_project), then
     assert added is not None
     last = units[-1]
@@ -195,11 +195,11 @@ def forward(
         y, found = steps.expand(h, last.weight, stats[-1], added, through, following)
         then = None if found is None else Ahead(*found)
     if following is not None and then is None:
-        then = Ahead(*_unit(Lazy(y), following, form.group))
+        then = Ahead(*unit_forward(Lazy(y), following, form.group))
     return Saved(y, raws, None, grams, stats, None if through is None else through[1]), then
 
 
-def _unit(h: Lazy, u: Unit, group: str) -> tuple[Tensor, Tensor]:
+def unit_forward(h: Lazy, u: Unit, group: str) -> tuple[Tensor, Tensor]:
     """Raw output and stats of a convolution."""
     c, parts = steps.conv(h, u.weight, u.geometry, u.by_batch)
     if parts is None:
@@ -223,11 +223,11 @@ def _count(x: Tensor, stride: int) -> int:
 
 def _recomputed(h: Lazy, added: Tensor | None, last: Unit, project: Unit | None):
     """The end of a block whose second moments are in doubt: the raw outputs exist, for as long as this takes."""
-    c, its = _unit(h, last, "")
+    c, its = unit_forward(h, last, "")
     through = None
     if project is not None:
         assert added is not None
-        added, stats_project = _unit(Lazy(added), project, "")
+        added, stats_project = unit_forward(Lazy(added), project, "")
         through = (project, stats_project)
     return its, through, steps.bn_apply(c, its, added, None if through is None else through[1], True)
 
@@ -296,7 +296,7 @@ def backward(
             added = x if form.own_shortcut else shortcut
             assert added is not None
             _, its = steps.masked_sums(dz, None, saved.raw_project)
-            d_shortcut, _, grads[n] = _unit_backward(
+            d_shortcut, _, grads[n] = unit_backward(
                 dz, its, saved.raw_project, saved.stats_project, Lazy(added), project, form, needs.units[n],
                 wants_shortcut, None, 1, None,
             )  # fmt: skip
@@ -309,7 +309,7 @@ def backward(
         assert total is not None
         residual = d_shortcut if i == 0 and form.own_shortcut else None
         sign = x if i == 0 and form.mask_input else None
-        dz, total, grads[i] = _unit_backward(
+        dz, total, grads[i] = unit_backward(
             dz, total, saved.raws[i], saved.stats[i], inputs[i], units[i], form, needs.units[i], below[i],
             residual, 1 if residual is None else stride, sign,
         )  # fmt: skip
@@ -319,7 +319,7 @@ def backward(
     return Gradients(d_x, _scattered(d_shortcut, stride, shortcut), grads)
 
 
-def _unit_backward(
+def unit_backward(
     dz, total, c, stats, h: Lazy, u: Unit, form: Form, needs: tuple[bool, bool, bool], wants_input: bool, residual,
     residual_stride: int, sign,
 ):  # fmt: skip

@@ -6,8 +6,6 @@ Gram form nothing of the last convolution. The backward is not differentiable: a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -101,8 +99,3 @@ class TrainStem(Function):
         needs = list(ctx.needs_input_grad[:4])
         found = ops.train_stem_backward(grad, x, weight, gamma, beta, mean, var, saved, ctx.eps, ctx.group, needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None, None)
-
-
-def differentiating(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..functional import ConvBN, autocast_dtype, distinct
+from ..functional import ConvBN, autocast_dtype, differentiating, distinct
 from ..structure import uses_batch_statistics
 from . import block as blocks
 from . import functions, sync
@@ -48,26 +48,26 @@ def run_block(
         The output; and raw output and stats of what follows, or None where the next block has to compute them.
     """
     own = shortcut is x
-    x, other = _cast(x), None if own or shortcut is None else _cast(shortcut)
+    x, other = cast_input(x), None if own or shortcut is None else cast_input(shortcut)
     tensors: list[Tensor | None] = []
     eps: list[float] = []
     geometry: list[int] = []
     for u, norm in zip(units, norms, strict=True):
-        tensors += _tensors(u, norm, x)
+        tensors += tensors_of(u, norm, x)
         eps.append(u.eps)
         geometry += (u.stride, u.padding, u.dilation)
-    group = _group(norms)
+    group = group_of(norms)
     gram = _gram(x, units, norms, project, relu and shortcut is not None, group)
     n, follows = len(units), gram and following is not None and _may_follow(*following)
     if follows and following is not None:
         u, norm = following
-        tensors += _tensors(u, norm, x)
+        tensors += tensors_of(u, norm, x)
         eps.append(u.eps)
         geometry += (u.stride, u.padding, u.dilation)
     tensors = [*distinct(tensors)]
     flags = [relu, own, gram, masked_grad, mask_input, follows]
     before = (None, None) if ahead is None else ahead
-    if functions.differentiating((x, other, *tensors[: 5 * n])):
+    if differentiating((x, other, *tensors[: 5 * n])):
         out = functions.TrainBlock.apply(x, other, eps, geometry, project, flags, group, *before, *tensors)
     else:
         known = [] if ahead is None else list(ahead)
@@ -79,8 +79,8 @@ def run_block(
     stats = [*saved[first : first + main]]
     if project:
         stats.append(saved[first + main + (not gram)])
-    sizes = [_pixels(saved[i]) for i in range(first)]
-    sizes += [_pixels(y)] * (n - first)
+    sizes = [pixels_of(saved[i]) for i in range(first)]
+    sizes += [pixels_of(y)] * (n - first)
     update_running(norms, stats, sizes, [u.bias for u in units])
     return y, then
 
@@ -90,29 +90,29 @@ def _may_follow(u: ConvBN, norm: Norm) -> bool:
     return u.weight.shape[2:] == (1, 1) and (u.stride, u.padding) == (1, 0) and uses_batch_statistics(norm)
 
 
-def _pixels(c: Tensor) -> int:
+def pixels_of(c: Tensor) -> int:
     return c.shape[0] * c.shape[2] * c.shape[3]
 
 
 def run_stem(x: Tensor, u: ConvBN, norm: Norm) -> Tensor:
     """The ImageNet stem up to its max-pool, with batch statistics."""
-    x = _cast(x)
-    tensors = _tensors(u, norm, x)
-    group = _group((norm,))
-    if functions.differentiating((x, *tensors)):
+    x = cast_input(x)
+    tensors = tensors_of(u, norm, x)
+    group = group_of((norm,))
+    if differentiating((x, *tensors)):
         y, raw, stats = functions.TrainStem.apply(x, *tensors, u.eps, group)
     else:
         y, raw, stats = functions.ops.train_stem(x, *tensors, u.eps, group)
-    update_running((norm,), (stats,), (_pixels(raw),), (u.bias,))
+    update_running((norm,), (stats,), (pixels_of(raw),), (u.bias,))
     return y
 
 
-def _cast(x: Tensor) -> Tensor:
+def cast_input(x: Tensor) -> Tensor:
     dtype = autocast_dtype(x)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
-def _tensors(u: ConvBN, norm: Norm, x: Tensor) -> list[Tensor | None]:
+def tensors_of(u: ConvBN, norm: Norm, x: Tensor) -> list[Tensor | None]:
     """weight, gamma, beta, mean and var of a unit as the operators of training take them."""
     if autocast_dtype(x) is None and u.weight.dtype != x.dtype:
         raise ValueError(
@@ -135,7 +135,7 @@ def _tensors(u: ConvBN, norm: Norm, x: Tensor) -> list[Tensor | None]:
     return [u.weight, u.gamma, beta, u.mean, u.var]
 
 
-def _group(norms: Sequence[Norm]) -> str:
+def group_of(norms: Sequence[Norm]) -> str:
     """The process group that shares batch statistics, or ``""``."""
     for norm in norms:
         if type(norm) is nn.SyncBatchNorm and norm.training:

@@ -70,13 +70,13 @@ def _check(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: U
     """The shape of each raw output, the projection's last; raises ValueError naming what does not fit."""
     shapes, size = [], tuple(x.shape)
     for i, u in enumerate(units):
-        shapes.append(_check_unit(f"unit {i}", size, u, x))
+        shapes.append(check_unit(f"unit {i}", size, u, x))
         size = shapes[-1]
     added: tuple | None = tuple(x.shape) if form.own_shortcut else None if shortcut is None else tuple(shortcut.shape)
     if project is not None:
         if added is None:
             raise ValueError("there is a projection, but no shortcut to project; pass shortcut, or set own_shortcut")
-        shapes.append(_check_unit("the projection", added, project, x))
+        shapes.append(check_unit("the projection", added, project, x))
         added = shapes[-1]
     if added is not None and added != shapes[len(units) - 1]:
         raise ValueError(f"the shortcut has shape {added}, the block computes {shapes[len(units) - 1]}")
@@ -89,7 +89,7 @@ def _check(x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], project: U
     return shapes
 
 
-def _check_unit(name: str, size: tuple, u: Unit, x: Tensor) -> tuple:
+def check_unit(name: str, size: tuple, u: Unit, x: Tensor) -> tuple:
     check_sizes(size, u.weight.shape)
     if not x.is_floating_point() or not u.weight.is_floating_point():
         raise ValueError(f"{name}: x is {x.dtype}, the weight {u.weight.dtype}; both must be floating point")
@@ -102,7 +102,7 @@ def _check_unit(name: str, size: tuple, u: Unit, x: Tensor) -> tuple:
     return conv_out_shape(size, u.weight.shape, *u.geometry)
 
 
-def _uncast(f: Callable) -> Callable:
+def uncast(f: Callable) -> Callable:
     """An implementation in which autocast is off: products of vectors and moments stay in their wide dtype."""
 
     @functools.wraps(f)
@@ -115,7 +115,7 @@ def _uncast(f: Callable) -> Callable:
     return run
 
 
-@_uncast
+@uncast
 def train_block(x, shortcut, tensors, eps, geometry, project, flags, group, ahead):
     """Implementation of ``torch.ops.resnet_triton.train_block``.
 
@@ -204,7 +204,7 @@ def _needs(flat: Sequence[bool], shortcut: Tensor | None) -> Needs:
     return Needs(flat[0], flat[1] and shortcut is not None, tuple(units))
 
 
-@_uncast
+@uncast
 def train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry, project, flags, group, needs):
     """Implementation of ``torch.ops.resnet_triton.train_block_backward``; what is not needed is an empty tensor."""
     units, projection, form = _parts(tensors, eps, geometry, project, flags, group)
@@ -215,17 +215,17 @@ def train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry, proje
     grads = block.backward(channels_last(grad), x, shortcut, units, projection, kept, form, wanted)
     every = [*units, *([projection] if projection is not None else [])]
     through = grads.shortcut.clone() if grads.shortcut is grad else grads.shortcut  # an operator's result is its own
-    out = [_or_empty(grads.x, x), _or_empty(through, x)]
+    out = [or_empty(grads.x, x), or_empty(through, x)]
     for u, (dw, dgamma, dbeta) in zip(every, grads.units, strict=True):
-        out += [_as_parameter(dw, u.weight, x), _as_parameter(dgamma, u.gamma, x), _as_parameter(dbeta, u.beta, x)]
+        out += [as_parameter(dw, u.weight, x), as_parameter(dgamma, u.gamma, x), as_parameter(dbeta, u.beta, x)]
     return out
 
 
-def _or_empty(grad: Tensor | None, x: Tensor) -> Tensor:
+def or_empty(grad: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0) if grad is None else channels_last(grad)
 
 
-def _as_parameter(grad: Tensor | None, parameter: Tensor | None, x: Tensor) -> Tensor:
+def as_parameter(grad: Tensor | None, parameter: Tensor | None, x: Tensor) -> Tensor:
     """A gradient with its parameter's dtype and strides, as DDP's buckets expect; empty where there is none."""
     if grad is None or parameter is None:
         return x.new_empty(0)
@@ -244,18 +244,18 @@ def _fake_train_block_backward(grad, x, shortcut, tensors, saved, eps, geometry,
     out.append(new_channels_last(shortcut, *shortcut.shape) if given else x.new_empty(0))
     every = [*units, *([projection] if projection is not None else [])]
     for u, flags_of_unit in zip(every, wanted.units, strict=True):
-        out += [_like(t if need else None, x) for t, need in zip(u[:3], flags_of_unit, strict=True)]
+        out += [empty_of(t if need else None, x) for t, need in zip(u[:3], flags_of_unit, strict=True)]
     return out
 
 
-def _like(parameter: Tensor | None, x: Tensor) -> Tensor:
+def empty_of(parameter: Tensor | None, x: Tensor) -> Tensor:
     """Uninitialised, as a parameter's gradient; empty where there is none."""
     if parameter is None:
         return x.new_empty(0)
     return torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=x.device)
 
 
-@_uncast
+@uncast
 def train_stem(x, weight, gamma, beta, mean, var, eps, group):
     """Implementation of ``torch.ops.resnet_triton.train_stem``: ``[y, c, stats]``."""
     u = Unit(weight, gamma, beta, mean, var, eps, stem.GEOMETRY)
@@ -271,19 +271,19 @@ def _fake_train_stem(x, weight, gamma, beta, mean, var, eps, group):
     return [pooled, new_channels_last(x, n, k, p, q), stats]
 
 
-@_uncast
+@uncast
 def train_stem_backward(grad, x, weight, gamma, beta, mean, var, saved, eps, group, needs):
     """Implementation of ``torch.ops.resnet_triton.train_stem_backward``: gradients of x, weight, gamma, beta."""
     u = Unit(weight, gamma, beta, mean, var, eps, stem.GEOMETRY)
     _, raw, stats = saved
     dx, dw, dgamma, dbeta = stem.backward(channels_last(grad), x, u, raw, stats, group, needs)
-    vectors = (_as_parameter(dgamma, gamma, x), _as_parameter(dbeta, beta, x))
-    return [_or_empty(dx, x), _as_parameter(dw, weight, x), *vectors]
+    vectors = (as_parameter(dgamma, gamma, x), as_parameter(dbeta, beta, x))
+    return [or_empty(dx, x), as_parameter(dw, weight, x), *vectors]
 
 
 def _fake_train_stem_backward(grad, x, weight, gamma, beta, mean, var, saved, eps, group, needs):
     out = [new_channels_last(x, *x.shape) if needs[0] else x.new_empty(0)]
-    return out + [_like(t if need else None, x) for t, need in zip((weight, gamma, beta), needs[1:], strict=True)]
+    return out + [empty_of(t if need else None, x) for t, need in zip((weight, gamma, beta), needs[1:], strict=True)]
 
 
 _IMPLEMENTATIONS: dict[str, Callable] = {

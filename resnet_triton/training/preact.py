@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..functional import ConvBN, distinct
+from ..functional import ConvBN, differentiating, distinct
 from ..ops import FAKES, IMPLEMENTATIONS, library
 from ..steps import channels_last, new_channels_last, nhwc
 from ..structure import eps_of, uses_batch_statistics
 from . import block, plan, reference, steps
 from .block import Form, Unit
-from .functions import differentiating, refuse_second_derivatives
-from .modules import Norm, _cast, _group, _pixels, _tensors, update_running
-from .ops import _as_parameter, _check_unit, _like, _or_empty, _uncast, units_of
+from .functions import refuse_second_derivatives
+from .modules import Norm, cast_input, group_of, pixels_of, tensors_of, update_running
+from .ops import as_parameter, check_unit, empty_of, or_empty, uncast, units_of
 from .reference import Lazy, wide
 
 ops = torch.ops.resnet_triton
@@ -79,7 +79,7 @@ def forward(
         return steps.bn_apply(x, its, None, None, True), [], [its]
     h, raws, stats = Lazy(x, its), [], [its]
     for u in units[:-1]:
-        c, its = block._unit(h, u, group)
+        c, its = block.unit_forward(h, u, group)
         raws.append(c)
         stats.append(its)
         h = Lazy(c, its)
@@ -134,7 +134,7 @@ def backward(
         for i in range(n - 2, -1, -1):
             if total is None:
                 break
-            dz, total, grads[i] = block._unit_backward(
+            dz, total, grads[i] = block.unit_backward(
                 dz, total, raws[i], stats[i + 1], inputs[i], units[i], form, wanted[i], below[i], None, 1, None
             )
     if total is None or not any(needs[:3]):
@@ -148,7 +148,7 @@ def backward(
 def bn_backward_add(dz: Tensor, c: Tensor, g: Tensor, added: Tensor | None) -> Tensor:
     """``g[0]*dz + g[1] + g[2]*c``, and the gradient that the shortcut carries, in one pass."""
     moved = sum(t.numel() * t.element_size() for t in (dz, c, c, added) if t is not None)
-    choice = steps._choose(plan.Work("bn_backward", moved=moved), dz)
+    choice = steps.choose(plan.Work("bn_backward", moved=moved), dz)
 
     def launch(out: Tensor) -> None:
         from ..kernels.train_passes import launch_bn_backward
@@ -159,7 +159,7 @@ def bn_backward_add(dz: Tensor, c: Tensor, g: Tensor, added: Tensor | None) -> T
         d = reference.bn_backward(dz, c, g)
         return channels_last(d if added is None else d + added)
 
-    return steps._run("bn_backward", choice, dz, lambda: new_channels_last(dz, *dz.shape), launch, eager, moved)
+    return steps.run("bn_backward", choice, dz, lambda: new_channels_last(dz, *dz.shape), launch, eager, moved)
 
 
 # Operators
@@ -178,7 +178,7 @@ def _parts(x: Tensor, lead, lead_eps, tensors, eps, geometry) -> tuple[Lead, lis
     units = units_of(tensors, eps, geometry) if len(eps) > 0 else []
     shapes, size = [], tuple(x.shape)
     for i, u in enumerate(units):
-        size = _check_unit(f"unit {i}", size, u, x)
+        size = check_unit(f"unit {i}", size, u, x)
         shapes.append(size)
     if units and size != tuple(x.shape):
         raise ValueError(f"x of {tuple(x.shape)} is added to the block's output, which is {size}")
@@ -199,7 +199,7 @@ def _following(vectors, eps: float, units: Sequence[Unit]) -> Lead | None:
     return Lead(gamma, beta, None, None, eps)
 
 
-@_uncast
+@uncast
 def train_preact(x, lead, lead_eps, tensors, eps, geometry, group, known, following, following_eps):
     """Implementation of ``torch.ops.resnet_triton.train_preact``.
 
@@ -238,7 +238,7 @@ def _fake_train_preact(x, lead, lead_eps, tensors, eps, geometry, group, known, 
     return [new_channels_last(x, *x.shape), *raws, *(stats if known is None else stats[1:])]
 
 
-@_uncast
+@uncast
 def train_preact_backward(grad, x, lead, lead_eps, tensors, saved, eps, geometry, group, needs):
     """Implementation of ``torch.ops.resnet_triton.train_preact_backward``; what is not needed is an empty tensor."""
     front, units, _ = _parts(x, lead, lead_eps, tensors, eps, geometry)
@@ -246,12 +246,12 @@ def train_preact_backward(grad, x, lead, lead_eps, tensors, saved, eps, geometry
     raws, stats = saved[:between], saved[between:]
     found = backward(channels_last(grad), channels_last(x), front, units, raws, stats, group, needs)
     dgamma, dbeta = found.lead
-    out = [_or_empty(found.x, x)]
+    out = [or_empty(found.x, x)]
     pairs = [(dgamma, front.gamma), (dbeta, front.beta)]
     for u, three in zip(units, found.units, strict=True):
         pairs += zip(three, u[:3], strict=True)
     return out + [
-        _as_parameter(d if need else None, parameter, x) for (d, parameter), need in zip(pairs, needs[1:], strict=True)
+        as_parameter(d if need else None, parameter, x) for (d, parameter), need in zip(pairs, needs[1:], strict=True)
     ]
 
 
@@ -259,7 +259,7 @@ def _fake_train_preact_backward(grad, x, lead, lead_eps, tensors, saved, eps, ge
     front, units, _ = _parts(x, lead, lead_eps, tensors, eps, geometry)
     out = [new_channels_last(x, *x.shape) if needs[0] else x.new_empty(0)]
     parameters = [front.gamma, front.beta, *(t for u in units for t in u[:3])]
-    return out + [_like(t if need else None, x) for t, need in zip(parameters, needs[1:], strict=True)]
+    return out + [empty_of(t if need else None, x) for t, need in zip(parameters, needs[1:], strict=True)]
 
 
 class TrainPreAct(Function):
@@ -343,16 +343,16 @@ def run(
     Returns:
         The output; and what is ``known`` then to what follows, or None.
     """
-    x = _cast(x)
+    x = cast_input(x)
     mean = var = None
     if not uses_batch_statistics(norm):
         mean, var = norm.running_mean, norm.running_var
     front = [norm.weight, norm.bias, mean, var]
-    tensors = [t for u, its in zip(units, norms, strict=True) for t in _tensors(u, its, x)]
+    tensors = [t for u, its in zip(units, norms, strict=True) for t in tensors_of(u, its, x)]
     eps, geometry = [u.eps for u in units], [g for u in units for g in (u.stride, u.padding, u.dilation)]
-    group = _group((norm, *norms))
+    group = group_of((norm, *norms))
     behind: list[Tensor | None] = []
-    if following is not None and uses_batch_statistics(following) and units and _group((following,)) == group:
+    if following is not None and uses_batch_statistics(following) and units and group_of((following,)) == group:
         behind = [following.weight, following.bias]
     every = [*distinct([*front, *tensors])]
     behind_eps = eps_of(following) if behind else 0.0
@@ -364,5 +364,5 @@ def run(
     saved, between = saved_of(out, known, len(units), len(behind) > 0), max(0, len(units) - 1)
     raws, stats = saved[:between], saved[between:]
     biases = [None, *(u.bias for u in units[:-1])]
-    update_running((norm, *norms[:-1]), stats, [_pixels(c) for c in (x, *raws)], biases)
+    update_running((norm, *norms[:-1]), stats, [pixels_of(c) for c in (x, *raws)], biases)
     return out[0], out[-1] if behind else None

@@ -88,7 +88,7 @@ class _Tracer:
         with (
             patch.object(plan, "choose", self.choose),
             patch.object(plan, "chains", self.chains),
-            patch.object(steps, "_run", self.run),
+            patch.object(steps, "run", self.run),
             patch.object(steps, "target_for", lambda x: self.target),
             patch.object(backend, "dot_precision", lambda dtype: self.precision),
             backend.use_backend("triton"),

@@ -31,7 +31,7 @@ class Gradient(NamedTuple):
     g: Tensor | None = None
 
 
-def _run(
+def run(
     op: str,
     choice: Choice,
     x: Tensor,
@@ -57,7 +57,7 @@ def _run(
     return out
 
 
-def _choose(step: plan.Work, x: Tensor) -> Choice:
+def choose(step: plan.Work, x: Tensor) -> Choice:
     if Recorder.active:
         Recorder.active.asked.append(step)
     return plan.choose(step, x.dtype, backend.dot_precision(x.dtype), target_for(x), backend.current_backend())
@@ -101,7 +101,7 @@ def conv(
     shape, out_shape = conv_geometry(x.shape, weight.shape, *geometry)
     lazy = h.stats is not None
     added = 0 if residual is None else 1
-    choice = _choose(plan.Work("conv_stats", shape, prologue=lazy, moments=moments, residual_stride=added), x)
+    choice = choose(plan.Work("conv_stats", shape, prologue=lazy, moments=moments, residual_stride=added), x)
     if not choice.fused:  # in passes of their own
         c = _library_conv(materialised(h), weight, geometry, choice)
         c = c if residual is None else _sum(c, residual)
@@ -121,13 +121,13 @@ def conv(
         )
 
     moved = plan.conv_bytes(shape, x.element_size()) + _bytes(residual)
-    return _run("fprop", choice, x, allocate, launch, allocate, moved, weight, shape)
+    return run("fprop", choice, x, allocate, launch, allocate, moved, weight, shape)
 
 
 def _library_conv(h: Lazy, weight: Tensor, geometry: Sequence[int], choice: Choice) -> Tensor:
     x = h.raw
     shape, out_shape = conv_geometry(x.shape, weight.shape, *geometry)
-    return _run(
+    return run(
         "fprop", _alone(plan.Work("conv_stats", shape), x, choice), x, lambda: new_channels_last(x, *out_shape),
         lambda out: None, lambda: _last(reference.conv(h, _weight(weight, x), geometry)),
         plan.conv_bytes(shape, x.element_size()), weight, shape,
@@ -135,8 +135,8 @@ def _library_conv(h: Lazy, weight: Tensor, geometry: Sequence[int], choice: Choi
 
 
 def _sum(x: Tensor, y: Tensor) -> Tensor:
-    choice, moved = _choose(plan.Work("aten", moved=3 * _bytes(x)), x), 3 * _bytes(x)
-    return _run(
+    choice, moved = choose(plan.Work("aten", moved=3 * _bytes(x)), x), 3 * _bytes(x)
+    return run(
         "add", choice, x, lambda: new_channels_last(x, *x.shape), lambda out: None, lambda: _last(x + y), moved
     )  # fmt: skip
 
@@ -157,7 +157,7 @@ def moments_of(c: Tensor) -> Tensor:
     """``parts`` of a raw output in a pass of its own."""
     k = c.shape[1]
     moved = _bytes(c)
-    choice = _choose(plan.Work("moments", moved=moved), c)
+    choice = choose(plan.Work("moments", moved=moved), c)
     rows = plan.rows_of_parts("moments", c.shape, choice)
 
     def launch(parts: Tensor) -> None:
@@ -165,7 +165,7 @@ def moments_of(c: Tensor) -> Tensor:
 
         launch_moments(nhwc(c).view(-1, k), parts)
 
-    return _run("moments", choice, c, lambda: _vector(c, rows, 3, k), launch, lambda: reference.moments(c), moved)
+    return run("moments", choice, c, lambda: _vector(c, rows, 3, k), launch, lambda: reference.moments(c), moved)
 
 
 def finalise(parts: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, group: str) -> Tensor:
@@ -215,7 +215,7 @@ def constant_stats(u: Any) -> Tensor:
 def bn_apply(c: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: Tensor | None, relu: bool) -> Tensor:
     """``[relu](bn(c) + [bn](residual))`` in one pass."""
     moved = 2 * _bytes(c) + _bytes(residual)
-    choice = _choose(plan.Work("bn_apply", moved=moved), c)
+    choice = choose(plan.Work("bn_apply", moved=moved), c)
 
     def launch(y: Tensor) -> None:
         from ..kernels.bn_apply import launch_bn_apply
@@ -223,7 +223,7 @@ def bn_apply(c: Tensor, stats: Tensor, residual: Tensor | None, residual_stats: 
         addend = None if residual is None else nhwc(residual)
         launch_bn_apply(nhwc(c), stats, addend, residual_stats, relu, nhwc(y))
 
-    return _run(
+    return run(
         "bn_apply", choice, c, lambda: new_channels_last(c, *c.shape), launch,
         lambda: _last(reference.bn_apply(c, stats, residual, residual_stats, relu)), moved,
     )  # fmt: skip
@@ -238,7 +238,7 @@ def gram(h: Lazy, stride: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     x = h.raw
     n, c, height, width = x.shape
     shape = ConvShape(n, height, width, c, c, stride=stride)
-    choice = _choose(plan.Work("gram", shape, prologue=h.stats is not None), x)
+    choice = choose(plan.Work("gram", shape, prologue=h.stats is not None), x)
 
     def launch(out: tuple[Tensor, Tensor]) -> None:
         from ..kernels.wgrad import launch_gram
@@ -246,7 +246,7 @@ def gram(h: Lazy, stride: int, weight: Tensor) -> tuple[Tensor, Tensor]:
         launch_gram(nhwc(x), *out, stride, _prologue(h), choice.tiling, _precision(x))
 
     moved = shape.pixels_read * c * x.element_size()
-    return _run(
+    return run(
         "gram", choice, x, lambda: (_vector(x, c, c), _vector(x, c)), launch, lambda: reference.gram(h, stride), moved,
         weight, shape,
     )  # fmt: skip
@@ -294,7 +294,7 @@ def expand(
     asked = work, filters, x.dtype, _precision(x), target_for(x), backend.current_backend()
     if filters and backend.chains_allowed() and plan.chains(*asked):
         work = replace(work, following=filters)
-    choice = _choose(work, x)
+    choice = choose(work, x)
     chained = choice.fused and work.following > 0
     n, _, p, q = out_shape
 
@@ -331,7 +331,7 @@ def expand(
 
     moved = plan.expand_bytes(shape, x.element_size(), projection) + shape.m * work.following * x.element_size()
     op = "expand+fprop" if chained else "expand"
-    y, c, parts = _run(op, choice, x, allocate, launch, eager, moved, weight, shape)
+    y, c, parts = run(op, choice, x, allocate, launch, eager, moved, weight, shape)
     if c is None or parts is None:
         return y, None
     return y, (c, finalise(parts, following.gamma, following.beta, following.eps, ""))
@@ -344,8 +344,8 @@ def masked(dy: Tensor, y: Tensor | None) -> Tensor:
     """``dy`` where ``y > 0``, else 0; ``dy`` itself without ``y``."""
     if y is None:
         return dy
-    choice = _choose(plan.Work("aten", moved=3 * _bytes(dy)), dy)
-    return _run(
+    choice = choose(plan.Work("aten", moved=3 * _bytes(dy)), dy)
+    return run(
         "mask", choice, dy, lambda: new_channels_last(dy, *dy.shape), lambda out: None,
         lambda: _last(reference.masked(dy, y)), 3 * _bytes(dy),
     )  # fmt: skip
@@ -359,7 +359,7 @@ def masked_sums(dy: Tensor, y: Tensor | None, c: Tensor, stats: Tensor | None = 
     through = y is not None or stats is not None
     moved = (2 + through) * _bytes(dy) + _bytes(y)
     k = c.shape[1]
-    choice = _choose(plan.Work("masked_sums", moved=moved), dy)
+    choice = choose(plan.Work("masked_sums", moved=moved), dy)
     rows = plan.rows_of_parts("masked_sums", c.shape, choice)
 
     def allocate() -> tuple[Tensor, Tensor]:
@@ -377,7 +377,7 @@ def masked_sums(dy: Tensor, y: Tensor | None, c: Tensor, stats: Tensor | None = 
         dz = dy if sign is None else _last(reference.masked(dy, sign))
         return dz, reference.sums(dz, c)
 
-    return _run("masked_sums", choice, dy, allocate, launch, eager, moved)
+    return run("masked_sums", choice, dy, allocate, launch, eager, moved)
 
 
 def bn_gradients(parts: Tensor, stats: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -419,7 +419,7 @@ def settled(
         plan.Work("wgrad", shape, prologue=lazy, backward=True),
     )
     pointwise = shape.r == shape.s == 1 and shape.padding == 0  # else each tap would repeat it
-    readers = [_choose(work, x).fused for work, wanted in zip(works, wants, strict=True) if wanted and pointwise]
+    readers = [choose(work, x).fused for work, wanted in zip(works, wants, strict=True) if wanted and pointwise]
     return dc if pointwise and all(readers) else bn_backward(dc)
 
 
@@ -429,7 +429,7 @@ def bn_backward(dc: Gradient) -> Gradient:
     if c is None or g is None:
         return dc
     moved = 3 * _bytes(dz)
-    choice = _choose(plan.Work("bn_backward", moved=moved), dz)
+    choice = choose(plan.Work("bn_backward", moved=moved), dz)
 
     def launch(out: Tensor) -> None:
         from ..kernels.train_passes import launch_bn_backward
@@ -439,7 +439,7 @@ def bn_backward(dc: Gradient) -> Gradient:
     def eager() -> Tensor:
         return _last(reference.bn_backward(dz, c, g))
 
-    return Gradient(_run("bn_backward", choice, dz, lambda: new_channels_last(dz, *dz.shape), launch, eager, moved))
+    return Gradient(run("bn_backward", choice, dz, lambda: new_channels_last(dz, *dz.shape), launch, eager, moved))
 
 
 def _backward_prologue(dc: Gradient) -> Any:
@@ -454,7 +454,7 @@ def wgrad(dc: Gradient, h: Lazy, weight: Tensor, geometry: Sequence[int]) -> Ten
     """Gradient of a convolution's weight, in its shape and the wide dtype."""
     x = h.raw
     shape, _ = conv_geometry(x.shape, weight.shape, *geometry)
-    choice = _choose(plan.Work("wgrad", shape, prologue=h.stats is not None, backward=dc.c is not None), x)
+    choice = choose(plan.Work("wgrad", shape, prologue=h.stats is not None, backward=dc.c is not None), x)
     if not choice.fused:
         dc, h, choice = bn_backward(dc), materialised(h), _alone(plan.Work("wgrad", shape), x, choice)
 
@@ -471,7 +471,7 @@ def wgrad(dc: Gradient, h: Lazy, weight: Tensor, geometry: Sequence[int]) -> Ten
         )  # fmt: skip
 
     moved = plan.wgrad_bytes(shape, x.element_size(), dc.c is not None)
-    return _run(
+    return run(
         "wgrad", choice, x, allocate, launch,
         lambda: _last(reference.wgrad(dc.dz, h, _weight(weight, x), geometry)), moved, weight, shape,
     )  # fmt: skip
@@ -481,7 +481,7 @@ def matrix_wgrad(dz: Tensor, h: Lazy, stride: int, weight: Tensor) -> tuple[Tens
     """``(dz^T a [K, C], sums of dz [K])`` of a 1x1 convolution, wide."""
     x = h.raw
     shape, _ = conv_geometry(x.shape, weight.shape, stride, 0, 1)
-    choice = _choose(plan.Work("wgrad", shape, prologue=h.stats is not None, moments=True), x)
+    choice = choose(plan.Work("wgrad", shape, prologue=h.stats is not None, moments=True), x)
 
     def allocate() -> tuple[Tensor, Tensor]:
         return _vector(x, shape.k, shape.c), _vector(x, shape.k)
@@ -495,7 +495,7 @@ def matrix_wgrad(dz: Tensor, h: Lazy, stride: int, weight: Tensor) -> tuple[Tens
         )  # fmt: skip
 
     moved = plan.wgrad_bytes(shape, x.element_size(), False)
-    return _run(
+    return run(
         "wgrad", choice, x, allocate, launch, lambda: reference.matrix_wgrad(dz, h, stride), moved, weight, shape
     )
 
@@ -524,7 +524,7 @@ def gram_dgrad(
     x = h.raw
     n, _, p, q = dz.shape
     shape, _ = conv_geometry(x.shape, weight.shape, stride, 0, 1)
-    choice = _choose(plan.Work("gram_dgrad", shape, prologue=h.stats is not None), x)
+    choice = choose(plan.Work("gram_dgrad", shape, prologue=h.stats is not None), x)
     rows = plan.parts_of("gram_dgrad", shape, choice, target_for(x))
 
     def allocate() -> tuple[Tensor, Tensor | None]:
@@ -540,7 +540,7 @@ def gram_dgrad(
         )  # fmt: skip
 
     moved = plan.gram_dgrad_bytes(shape, x.element_size())
-    return _run(
+    return run(
         "gram_dgrad", choice, x, allocate, launch,
         lambda: _lasts(reference.gram_dgrad(dz, back, h, stride, mask, sums)), moved, weight, shape,
     )  # fmt: skip
@@ -565,7 +565,7 @@ def dgrad(
         "dgrad", shape, prologue=lazy, backward=dc.c is not None, moments=lazy,
         residual_stride=0 if residual is None else residual_stride,
     )  # fmt: skip
-    choice = _choose(work, x)
+    choice = choose(work, x)
     if not choice.fused:
         return _library_dgrad(bn_backward(dc), weight, geometry, h, residual, residual_stride, sign, choice, shape)
     rows = plan.parts_of("dgrad", shape, choice, target_for(x), work.residual_stride)
@@ -587,7 +587,7 @@ def dgrad(
 
     added = 0 if residual is None else residual.numel()
     moved = plan.dgrad_bytes(shape, x.element_size(), dc.c is not None, added, lazy or sign is not None)
-    return _run("dgrad", choice, x, allocate, launch, allocate, moved, weight, shape)
+    return run("dgrad", choice, x, allocate, launch, allocate, moved, weight, shape)
 
 
 def _library_dgrad(
@@ -597,7 +597,7 @@ def _library_dgrad(
     x = h.raw
     moved = plan.dgrad_bytes(shape, x.element_size(), False, 0, False) + 2 * _bytes(residual)
     alone = _alone(plan.Work("dgrad", shape, residual_stride=0 if residual is None else residual_stride), x, choice)
-    d = _run(
+    d = run(
         "dgrad", alone, x, lambda: new_channels_last(x, *x.shape), lambda out: None,
         lambda: _last(reference.dgrad(dc.dz, _weight(weight, x), geometry, x, residual, residual_stride)),
         moved, weight, shape,
@@ -613,7 +613,7 @@ def _library_dgrad(
 def stem_conv(x: Tensor, weight: Tensor, moments: bool) -> tuple[Tensor, Tensor | None]:
     """The 7x7/2 convolution's raw output on images of any layout, and its moments if asked."""
     shape, (n, k, p, q) = conv_geometry(x.shape, weight.shape, 2, 3, 1)
-    choice = _choose(plan.Work("stem_conv_stats", shape, moments=moments), x)
+    choice = choose(plan.Work("stem_conv_stats", shape, moments=moments), x)
     rows = plan.parts_of("stem_conv_stats", shape, choice, target_for(x))
 
     def allocate() -> tuple[Tensor, Tensor | None]:
@@ -631,7 +631,7 @@ def stem_conv(x: Tensor, weight: Tensor, moments: bool) -> tuple[Tensor, Tensor 
         return c, (moments_of(c) if moments else None)
 
     moved = (plan.stem_bytes if choice.fused else plan.conv_bytes)(shape, x.element_size())
-    return _run("stem", choice, x, allocate, launch, eager, moved, weight, shape)
+    return run("stem", choice, x, allocate, launch, eager, moved, weight, shape)
 
 
 def _cells(x: Tensor, shape: ConvShape) -> Tensor:
@@ -656,7 +656,7 @@ def bn_relu_pool(h: Lazy) -> Tensor:
     n, k, height, width = c.shape
     out = (n, k, cdiv(height, 2), cdiv(width, 2))
     moved = _bytes(c) + n * k * out[2] * out[3] * c.element_size()
-    choice = _choose(plan.Work("bn_relu_pool", moved=moved), c)
+    choice = choose(plan.Work("bn_relu_pool", moved=moved), c)
 
     def launch(y: Tensor) -> None:
         from ..kernels.bn_relu_pool import launch_bn_relu_pool
@@ -664,7 +664,7 @@ def bn_relu_pool(h: Lazy) -> Tensor:
         assert h.stats is not None
         launch_bn_relu_pool(nhwc(c), h.stats[reference.SCALE], h.stats[reference.SHIFT], nhwc(y))
 
-    return _run(
+    return run(
         "bn_relu_pool", choice, c, lambda: new_channels_last(c, *out), launch,
         lambda: _last(reference.bn_relu_pool(h)), moved,
     )  # fmt: skip
@@ -675,7 +675,7 @@ def bn_relu_pool_backward(dy: Tensor, h: Lazy) -> tuple[Tensor, Tensor]:
     c = h.raw
     k = c.shape[1]
     moved = _bytes(dy) + 2 * _bytes(c)
-    choice = _choose(plan.Work("bn_relu_pool_backward", moved=moved), c)
+    choice = choose(plan.Work("bn_relu_pool_backward", moved=moved), c)
     rows = plan.rows_of_parts("bn_relu_pool_backward", c.shape, choice)
 
     def launch(out: tuple[Tensor, Tensor]) -> None:
@@ -689,7 +689,7 @@ def bn_relu_pool_backward(dy: Tensor, h: Lazy) -> tuple[Tensor, Tensor]:
         dz = _last(reference.bn_relu_pool_backward(dy, h))
         return dz, reference.sums(dz, c)
 
-    return _run(
+    return run(
         "bn_relu_pool_backward", choice, c, lambda: (new_channels_last(c, *c.shape), _vector(c, rows, 2, k)), launch,
         eager, moved,
     )  # fmt: skip
@@ -698,7 +698,7 @@ def bn_relu_pool_backward(dy: Tensor, h: Lazy) -> tuple[Tensor, Tensor]:
 def stem_wgrad(dc: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the stem's weight, in its shape and the wide dtype."""
     shape, _ = conv_geometry(x.shape, weight.shape, 2, 3, 1)
-    choice = _choose(plan.Work("stem_wgrad", shape), x)
+    choice = choose(plan.Work("stem_wgrad", shape), x)
 
     def launch(out: Tensor) -> None:
         from ..kernels.stem_train import launch_stem_wgrad
@@ -706,7 +706,7 @@ def stem_wgrad(dc: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         launch_stem_wgrad(nhwc(dc), _cells(x, shape), out, choice.tiling, _precision(x))
 
     moved = (plan.stem_wgrad_bytes if choice.fused else plan.conv_bytes)(shape, x.element_size())
-    return _run(
+    return run(
         "stem_wgrad", choice, x,
         lambda: torch.empty_strided(weight.shape, weight.stride(), dtype=wide(x.dtype), device=x.device), launch,
         lambda: _last(reference.wgrad(dc, Lazy(_last(x)), _weight(weight, x), (2, 3, 1))), moved, weight, shape,
